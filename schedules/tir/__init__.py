@@ -1,0 +1,118 @@
+"""TVM TIR kernels under PyTorch, zero copy through DLPack."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockffn_compile.schedules.packing import PANELS, panel_width
+from blockffn_compile.schedules.plan import Problem, Regime
+
+ALIGNMENT = 64
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@functools.cache
+def _host() -> tuple[Any, int, int] | None:
+    """(TVM target, widest panel, tokens of a register tile), or None after one warning."""
+    # The pool is sized when TVM starts: one worker a core that PyTorch would use.
+    os.environ.setdefault("TVM_NUM_THREADS", str(torch.get_num_threads()))
+    try:
+        from blockffn_compile.schedules.tir import build
+
+        target = build.host_target()
+    except Exception as error:  # TVM missing or broken, or a CPU that its LLVM does not know
+        warnings.warn(
+            f"blockffn: no TVM kernels on this machine ({error}); "
+            "sparse layers run every expert, in PyTorch",
+            stacklevel=2,
+        )
+        return None
+    # 32 vector registers of 512 bits hold 6 x 64 sums and a panel; other CPUs have a quarter
+    # (AVX2: 16 of 256 bits; NEON: 32 of 128 bits), which hold 6 x 16.
+    return (target, 64, 6) if build.has_avx512(target) else (target, 16, 6)
+
+
+def cpu_schedule(problem: Problem, regime: Regime) -> CpuKernel | None:
+    """One kernel for decode and chunk; prefill runs it chunk after chunk."""
+    if problem.device != "cpu" or problem.dtype not in DTYPES or _host() is None:
+        return None
+    return _kernel(problem)
+
+
+@functools.cache
+def _kernel(problem: Problem) -> CpuKernel:
+    return CpuKernel(problem)
+
+
+class CpuKernel:
+    """The TIR kernel of one problem, compiled for this CPU."""
+
+    def __init__(self, problem: Problem) -> None:
+        from blockffn_compile.schedules.tir import build, cpu
+
+        host = _host()
+        assert host is not None
+        target, widest, tokens = host
+        self.tiling = cpu.Tiling(
+            panel_width(problem.expert_size, widest),
+            panel_width(problem.hidden_size, widest),
+            tokens,
+        )
+        self.chunk = cpu.MAX_TOKENS
+        self.sizes = {
+            "e": problem.num_experts,
+            "h": problem.hidden_size,
+            "s": problem.expert_size,
+        }
+        self.function = build.load(
+            cpu.chunk_sparse_ffn(
+                problem.hidden_size,
+                problem.num_experts,
+                problem.expert_size,
+                DTYPES[problem.dtype],
+                problem.act,
+                problem.gated,
+                self.tiling,
+            ),
+            target,
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        w_gate: Tensor | None,
+        up_axes: str,
+        down_axes: str,
+    ) -> Tensor:
+        up_panel, down_panel = self.tiling.up_panel, self.tiling.down_panel
+        weights = [PANELS.get(w_up, up_axes, self.sizes, "esh", up_panel)]
+        if w_gate is not None:
+            weights.append(PANELS.get(w_gate, up_axes, self.sizes, "esh", up_panel))
+        weights.append(PANELS.get(w_down, down_axes, self.sizes, "ehs", down_panel))
+        y = torch.empty(x.shape, dtype=x.dtype)
+        if x.shape[0] <= self.chunk:
+            self.function(_aligned(x), _aligned(scores), *weights, y)
+        else:
+            for part, part_scores, result in zip(
+                x.split(self.chunk), scores.split(self.chunk), y.split(self.chunk), strict=True
+            ):
+                out = torch.empty_like(result, memory_format=torch.contiguous_format)
+                self.function(_aligned(part), _aligned(part_scores), *weights, out)
+                result.copy_(out)
+        return y
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and 64-byte aligned, as the vector loads of the kernel need it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
