@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -35,7 +34,6 @@ Schedule = Callable[[Problem, Regime], Kernel | None]
 SCHEDULES: tuple[Schedule, ...] = (tir.cpu_schedule, reference.schedule)
 
 
-@functools.cache
 def select(problem: Problem, regime: Regime) -> Kernel:
     """The kernel of the first schedule that takes the problem."""
     for schedule in SCHEDULES:

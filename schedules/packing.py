@@ -58,7 +58,12 @@ class PackCache:
     def __init__(self) -> None:
         self._packed = WeakTensorKeyDictionary()
 
-    def get(self, weight: Tensor, axes: str, sizes: dict[str, int], order: str, panel: int) -> Tensor:
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def get(
+        self, weight: Tensor, axes: str, sizes: dict[str, int], order: str, panel: int
+    ) -> Tensor:
         """Panels of ``weight``, see :func:`unfold` and :func:`to_panels`.
 
         In-place writes are seen through the tensor's version counter.  Inference tensors have

@@ -21,7 +21,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 @functools.cache
 def _host() -> tuple[Any, int, int] | None:
     """(TVM target, widest panel, tokens of a register tile), or None after one warning."""
-    # The pool is sized when TVM starts: one worker a core that PyTorch would use.
+    # For TVM's own pool, should PyTorch's not be usable: its size is fixed when TVM starts.
     os.environ.setdefault("TVM_NUM_THREADS", str(torch.get_num_threads()))
     try:
         from blockffn_compile.schedules.tir import build

@@ -7,14 +7,19 @@ with the SHA-256 of the library before it; a file that does not match is built a
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import logging
 import os
+import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tvm
+from tvm.support import cc
 from tvm.target.codegen import llvm_get_system_cpu, llvm_get_system_triple
 
 log = logging.getLogger(__name__)
@@ -42,9 +47,9 @@ def host_target() -> tvm.target.Target:
     return tvm.target.Target(target)
 
 
-def _intact(path: Path) -> bool:
-    data = path.read_bytes()
-    return hashlib.sha256(data[:-DIGEST_BYTES]).digest() == data[-DIGEST_BYTES:]
+def has_avx512(target: tvm.target.Target) -> bool:
+    """Whether the target CPU has 512-bit vectors."""
+    return bool(tvm.target.codegen.target_has_features("avx512f", target))
 
 
 def load(function: Any, target: tvm.target.Target) -> Any:
@@ -58,29 +63,59 @@ def load(function: Any, target: tvm.target.Target) -> Any:
         A callable that takes tensors through DLPack.
     """
     name = str(function.attrs["global_symbol"])
-    text = "\n".join((tvm.__version__, str(target), function.script(show_meta=True)))
-    path = cache_dir() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+
+    def build(path: Path) -> None:
+        module = tvm.IRModule({name: function})
+        tvm.compile(module, target=target).export_library(str(path))
+
+    source = "\n".join((tvm.__version__, str(target), function.script(show_meta=True)))
+    path = _cached(name, source, build)
+    module = tvm.runtime.load_module(str(path))
+    launch = _openmp_launch()
+    if launch is not None:
+        # The library calls its thread pool through this pointer, which loading has just set.
+        pointer = ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "__TVMBackendParallelLaunch")
+        pointer.value = launch
+    return module[name]
+
+
+@functools.cache
+def _openmp_launch() -> int | None:
+    """Address of the launcher on PyTorch's OpenMP pool; None keeps TVM's own pool."""
+    source = Path(__file__).with_name("openmp_launch.cc")
+
+    def build(path: Path) -> None:
+        command = [cc.get_cc(), "-O2", "-shared", "-fPIC", "-o", str(path), str(source)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    try:
+        library = ctypes.CDLL(str(_cached("openmp_launch", source.read_text(), build)))
+    except (OSError, TypeError, subprocess.CalledProcessError) as error:
+        log.warning("kernels keep a thread pool of their own beside PyTorch's: %s", error)
+        return None
+    return ctypes.cast(library.blockffn_parallel_launch, ctypes.c_void_p).value
+
+
+def _cached(name: str, source: str, build: Callable[[Path], None]) -> Path:
+    """The library that ``build(path)`` makes from ``source``, built unless it is on disk."""
+    key = hashlib.sha256(source.encode()).hexdigest()[:32]
+    path = cache_dir() / f"{name}-{key}.so"
     if path.exists() and not _intact(path):
         log.warning("kernel cache entry %s is damaged; building it again", path)
         path.unlink(missing_ok=True)
     if not path.exists():
-        _build(function, target, path)
-    return tvm.runtime.load_module(str(path))[name]
+        log.info("building kernel %s", path.name)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / "kernel.so"
+            build(built)
+            with built.open("rb+") as file:
+                digest = hashlib.sha256(file.read()).digest()
+                file.write(digest)
+            built.replace(path)
+    return path
 
 
-def _build(function: Any, target: tvm.target.Target, path: Path) -> None:
-    log.info("building kernel %s", path.name)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    module = tvm.IRModule({str(function.attrs["global_symbol"]): function})
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / "kernel.so"
-        tvm.compile(module, target=target).export_library(str(built))
-        with built.open("rb+") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)
-        built.replace(path)
-
-
-def has_avx512(target: tvm.target.Target) -> bool:
-    """Whether the target CPU has 512-bit vectors."""
-    return bool(tvm.target.codegen.target_has_features("avx512f", target))
+def _intact(path: Path) -> bool:
+    data = path.read_bytes()
+    return hashlib.sha256(data[:-DIGEST_BYTES]).digest() == data[-DIGEST_BYTES:]

@@ -30,7 +30,7 @@ from tvm.tirx.script.builder import ir as T
 LANES = 16
 MAX_TOKENS = 64
 #: Terms summed before they join the total: rounding grows with BLOCK + depth / BLOCK, not depth.
-BLOCK = 64
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _narrow(value: Any, dtype: str, lanes: int = LANES) -> Any:
     bits = T.bind(T.reinterpret(f"uint32{suffix}", value))
     odd = (bits >> constant(16)) & constant(1)
     rounded = (bits + constant(0x7FFF) + odd) >> constant(16)
-    bits = T.Select(value == value, rounded, constant(0x7FC0))
+    is_nan = (bits & constant(0x7FFFFFFF)) > constant(0x7F800000)
+    bits = T.Select(is_nan, constant(0x7FC0), rounded)
     return T.reinterpret(f"bfloat16{suffix}", T.cast(bits, f"uint16{suffix}"))
 
 
@@ -164,7 +165,9 @@ def _tile(
                 body(total, buffer, row, v)
 
     if not accumulate:
-        every_vector(lambda s, buffer, row, v: T.buffer_store(buffer, _f32(0), [row, _at(column + v)]))
+        every_vector(
+            lambda s, buffer, row, v: T.buffer_store(buffer, _f32(0), [row, _at(column + v)])
+        )
     with T.serial(-(-depth // BLOCK)) as block:
         every_vector(lambda s, buffer, row, v: T.buffer_store(s, _f32(0), [_at(v)]))
         with T.serial(T.min(BLOCK, depth - block * BLOCK) if depth % BLOCK else BLOCK) as step:
@@ -237,9 +240,7 @@ def chunk_sparse_ffn(
         x = T.arg("x", T.buffer((n, hidden), dtype))
         scores = T.arg("scores", T.buffer((n, experts), dtype))
         up = T.arg("up", T.buffer((experts, up_panels, hidden, up_p), dtype))
-        gate = (
-            T.arg("gate", T.buffer((experts, up_panels, hidden, up_p), dtype)) if gated else None
-        )
+        gate = T.arg("gate", T.buffer((experts, up_panels, hidden, up_p), dtype)) if gated else None
         down = T.arg("down", T.buffer((experts, down_panels, size, down_p), dtype))
         y = T.arg("y", T.buffer((n, hidden), dtype))
 
@@ -256,7 +257,7 @@ def chunk_sparse_ffn(
         used = T.alloc_buffer((MAX_TOKENS,), "int32")
         counts = T.alloc_buffer((2,), "int32")  # active experts, pairs
 
-        # Plan.  NaN differs from zero, so a NaN score is active; -0.0 is not.
+        # Plan.  A score is compared by its bits: NaN is active, -0.0 is not.
         T.buffer_store(counts, 0, [0])
         T.buffer_store(counts, 0, [1])
         with T.serial(n) as t:
@@ -265,7 +266,8 @@ def chunk_sparse_ffn(
             T.buffer_store(offset, counts[1], [counts[0]])
             with T.serial(n) as t:
                 score = T.bind(_widen(scores[t, e], dtype, 1))
-                with T.If(score != T.float32(0)), T.Then():
+                magnitude = T.reinterpret("uint32", score) & T.uint32(0x7FFFFFFF)
+                with T.If(magnitude != T.uint32(0)), T.Then():
                     T.buffer_store(pair_token, t, [counts[1]])
                     T.buffer_store(pair_score, score, [counts[1]])
                     T.buffer_store(counts, counts[1] + 1, [1])
@@ -280,11 +282,12 @@ def chunk_sparse_ffn(
                 T.buffer_store(x32, _widen(x[t, _at(v * LANES)], dtype), [t, _at(v * LANES)])
             with T.serial(hidden - whole) as h:
                 T.buffer_store(x32, _widen(x[t, whole + h], dtype, 1), [t, whole + h])
-            # A token without experts still carries its NaN: 0 * sum(x) is NaN or zero.
+            # A token without experts still carries its NaN: 0 * sum(x) is NaN or zero.  A product
+            # with zero would be simplified away, a fused one is not.
             poison = T.alloc_buffer((1,), "float32")
             T.buffer_store(poison, T.float32(0), [0])
             with T.If(used[t] == 0), T.Then(), T.serial(hidden) as h:
-                T.buffer_store(poison, poison[0] + x32[t, h] * T.float32(0), [0])
+                T.buffer_store(poison, T.fma(x32[t, h], T.float32(0), poison[0]), [0])
             with T.serial(down_panels * down_p // LANES) as v:
                 T.buffer_store(y32, _broadcast(poison[0]), [t, _at(v * LANES)])
 
@@ -338,17 +341,12 @@ def chunk_sparse_ffn(
                 _for_tiles(
                     T.bind(offset[index]), T.bind(offset[index + 1]), tiling.tokens, down_tile
                 )
-            with T.serial(n) as t:
-                with T.serial(down_p // LANES) as v:
-                    column = T.bind(panel * down_p + v * LANES)
-                    with T.If(column + LANES <= hidden):
-                        with T.Then():
-                            T.buffer_store(
-                                y, _narrow(y32[t, _at(column)], dtype), [t, _at(column)]
-                            )
-                        with T.Else(), T.serial(LANES) as lane:
-                            with T.If(column + lane < hidden), T.Then():
-                                T.buffer_store(
-                                    y, _narrow(y32[t, column + lane], dtype, 1), [t, column + lane]
-                                )
+            with T.serial(n) as t, T.serial(down_p // LANES) as v:
+                column = T.bind(panel * down_p + v * LANES)
+                with T.If(column + LANES <= hidden):
+                    with T.Then():
+                        T.buffer_store(y, _narrow(y32[t, _at(column)], dtype), [t, _at(column)])
+                    with T.Else(), T.serial(hidden - column) as i:
+                        j = T.bind(column + i)
+                        T.buffer_store(y, _narrow(y32[t, j], dtype, 1), [t, j])
     return builder.get()
