@@ -8,6 +8,7 @@ interleaved.  Run: ``python -m benchmarks.first_light [--json FILE]``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ HIDDEN, EXPERT_SIZE, EXPERTS = 2048, 128, 128
 DTYPE = torch.bfloat16
 #: (tokens, union density, pair density, bar over Inductor as it comes, bar over the best dense).
 WORK = ((1, 0.1245, 0.1245, 10.0, 6.0), (32, 0.3086, 0.1245, 3.0, 2.5))
-PEERS = {
+PEERS: dict[str, dict[str, Any]] = {
     "inductor": {},
     "inductor freezing": {"freezing": True},
     "inductor freezing max-autotune": {"freezing": True, "max_autotune": True},
@@ -117,7 +118,7 @@ def medians(
 
 
 def compiled(
-    module: nn.Module, backend: str, options: dict[str, Any] | None
+    module: nn.Module, backend: str, options: dict[str, Any]
 ) -> Callable[[Tensor, Tensor], list[Tensor]]:
     compiled: Callable[[Tensor, Tensor], list[Tensor]] = torch.compile(
         module, backend=backend, options=options or None, fullgraph=True
@@ -149,17 +150,19 @@ def ffn(layers: int, rounds: int, console: Console) -> list[dict[str, Any]]:
                 for s, e in zip(scores, experts, strict=True)
             ]
             eager_error = relative_error(stack(x, scores), oracle)
-            subjects = {"blockffn": (stack, "blockffn", None)}
+            subjects: dict[str, tuple[Stack, str, dict[str, Any]]] = {}
+            subjects["blockffn"] = (stack, "blockffn", {})
             for name, options in PEERS.items():
                 subjects[name] = (stack, "inductor", options)
                 subjects[f"{name} linear"] = (linear, "inductor", options)
-            calls, errors = {}, {}
+            calls: dict[str, Callable[[], object]] = {}
+            errors = {}
             for name, (module, backend, options) in subjects.items():
                 with console.status(f"{tokens} tokens: compiling {name}"):
                     call = compiled(module, backend, options)
                     errors[name] = relative_error(call(x, scores), oracle)
                     call(x, scores)
-                calls[name] = lambda call=call, x=x, scores=scores: call(x, scores)
+                calls[name] = functools.partial(call, x, scores)
             gate = errors["blockffn"] <= 1.5 * eager_error
             if not gate:
                 raise SystemExit(

@@ -7,6 +7,7 @@ Shapes: T tokens, H hidden, E experts, S expert size.  The formulas are those of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,7 +22,11 @@ Activation = Literal["silu", "relu", "gelu"]
 #: Added to the divisor of the ``sum`` router norm, as in the released models.
 SUM_NORM_EPS = 1e-5
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+}
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,8 @@ class BlockFFN(nn.Module):
             )
         else:
             up = F.linear(tokens, self.up_proj)
-            if self.gate_proj is None:
-                mid = act(up)
-            else:
-                mid = act(F.linear(tokens, self.gate_proj)) * up
+            gate = self.gate_proj
+            mid = act(up) if gate is None else act(F.linear(tokens, gate)) * up
             mid = mid.view(-1, spec.num_experts, spec.expert_size) * scores.unsqueeze(-1)
             y = F.linear(mid.flatten(1), self.down_proj)
         return y.view(x.shape)

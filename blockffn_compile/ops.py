@@ -6,14 +6,15 @@ routing can be replayed.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockffn_compile.layer import ACTIVATIONS
-from blockffn_compile.schedules import reference, select
-from blockffn_compile.schedules.plan import Problem, regime
+from blockffn_compile.layer import ACTIVATIONS, Activation
+from blockffn_compile.schedules import Kernel, reference, select
+from blockffn_compile.schedules.plan import Problem, Regime, regime
 
 torch.library.define(
     "blockffn::chunk_sparse_ffn",
@@ -81,22 +82,37 @@ def _run(
     if x.shape[0] == 0:
         return _fake(x, scores, w_up, w_down, act, w_gate, up_axes, down_axes)
     try:
-        sizes = reference.axis_sizes(x, scores, w_up)
-        problem = Problem(
-            sizes["h"],
-            sizes["e"],
-            sizes["s"],
-            act,  # type: ignore[arg-type]
+        kernel = _kernel(
+            x.shape[1],
+            scores.shape[1],
+            w_up.numel(),
+            act,
             w_gate is not None,
             x.dtype,
             x.device.type,
+            regime(x.shape[0]),
         )
-        kernel = select(problem, regime(x.shape[0]))
         return kernel(x, scores, w_up, w_down, w_gate, up_axes, down_axes)
     except Exception:
         # Kernels check what they are given; the shape rule says it in the op's own words.
         _fake(x, scores, w_up, w_down, act, w_gate, up_axes, down_axes)
         raise
+
+
+@functools.cache
+def _kernel(
+    hidden: int,
+    experts: int,
+    weight_size: int,
+    act: Activation,
+    gated: bool,
+    dtype: torch.dtype,
+    device: str,
+    regime: Regime,
+) -> Kernel:
+    """The selected kernel; looked up on every call, so keyed by what is cheap to read."""
+    size = weight_size // (hidden * experts)
+    return select(Problem(hidden, experts, size, act, gated, dtype, device), regime)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

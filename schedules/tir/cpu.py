@@ -297,7 +297,9 @@ def chunk_sparse_ffn(
             first, last = T.bind(offset[index]), T.bind(offset[index + 1])
             for weights, result in ((up, mid), (gate, gates)) if gated else ((up, mid),):
 
-                def up_tile(count: int, begin: Any, weights: Any = weights, out: Any = result):
+                def up_tile(
+                    count: int, begin: Any, weights: Any = weights, out: Any = result
+                ) -> None:
                     tokens = [T.bind(pair_token[begin + i]) for i in range(count)]
                     _tile(
                         count,
@@ -325,7 +327,7 @@ def chunk_sparse_ffn(
             with T.serial(counts[0]) as index:
                 expert = T.bind(active[index])
 
-                def down_tile(count: int, begin: Any):
+                def down_tile(count: int, begin: Any) -> None:
                     tokens = [T.bind(pair_token[begin + i]) for i in range(count)]
                     _tile(
                         count,

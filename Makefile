@@ -1,0 +1,50 @@
+# make demo    set up .venv if needed, then run the main job on the bundled model
+# make test    set up .venv if needed, then run all tests
+# make lint    ruff and mypy
+# make bench   the benchmark of the fused layer
+#
+# PYTHON=/path/to/python3.11 chooses the interpreter, CXX the C++ compiler.
+
+SHELL := /bin/sh
+BIN := .venv/bin
+READY := .venv/.ready
+
+# A bare `make` must not surprise: it lists what there is.
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(READY) compiler
+	@$(BIN)/blockffn demo
+
+test: $(READY) compiler
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) compiler
+	$(BIN)/python -m benchmarks.first_light
+
+compiler:
+	@command -v $(CXX) >/dev/null || \
+	  { echo "error: no C++ compiler ($(CXX)); install g++ or set CXX" >&2; exit 1; }
+
+# The stamp is written last, so an interrupted set-up is taken up again.
+$(READY): requirements.lock pyproject.toml
+	@for python in $(PYTHON) python3.11 python3 python; do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	  python=; \
+	done; \
+	[ -n "$$python" ] || { echo "error: no Python >= 3.11; install it or set PYTHON" >&2; exit 1; }; \
+	$$python -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $$python lacks venv; install python3-venv" >&2; exit 1; }; \
+	echo "setting up .venv (some minutes the first time)"; \
+	$$python -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: help demo test lint bench compiler

@@ -1,0 +1,33 @@
+"""A compiler backend that makes BlockFFN models fast: it runs only the experts that are on.
+
+Public names load what they need when they are first used, so importing the package is free.
+``torch.compile(model, backend="blockffn")`` works without importing it at all: PyTorch finds the
+backend through the package's entry point.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockffn_compile.explain import explain
+    from blockffn_compile.generation import generate
+    from blockffn_compile.models.checkpoint import load_model
+
+__version__ = "0.1.0"
+__all__ = ["explain", "generate", "load_model"]
+
+_HOMES = {
+    "explain": "blockffn_compile.explain",
+    "generate": "blockffn_compile.generation",
+    "load_model": "blockffn_compile.models.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

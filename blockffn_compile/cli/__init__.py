@@ -1,0 +1,24 @@
+"""The ``blockffn`` command. One module a command; each loads PyTorch only when it runs."""
+
+import typer
+
+from blockffn_compile.cli import demo, explain, generate, sparsity, train
+
+app = typer.Typer(
+    name="blockffn",
+    help="Run, inspect and train BlockFFN models with the sparse compiler backend.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command()(demo.demo)
+app.command()(generate.generate)
+app.command()(explain.explain)
+app.command()(sparsity.sparsity)
+app.command()(train.train)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

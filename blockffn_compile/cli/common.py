@@ -1,0 +1,109 @@
+"""What several commands share: arguments, loading, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from blockffn_compile.models.modeling import BlockFFNForCausalLM
+
+
+class Backend(StrEnum):
+    blockffn = "blockffn"
+    inductor = "inductor"
+    eager = "eager"
+
+
+class DType(StrEnum):
+    stored = "stored"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+CheckpointArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="CKPT", help="Checkpoint directory; default: the bundled model."),
+]
+PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")]
+NewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
+]
+DTypeOption = Annotated[DType, typer.Option(help="Of the weights and the computation.")]
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the command with one line for the user and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def reporting(*errors: type[Exception]) -> Iterator[None]:
+    """Turns errors whose message is meant for the user into :func:`fail`."""
+    try:
+        yield
+    except errors as error:
+        fail(error)
+
+
+def checkpoint_path(checkpoint: Path | None) -> Path:
+    from blockffn_compile.models import bundled_path
+
+    path = checkpoint or bundled_path()
+    if not path.is_dir():
+        fail(f"{path}: no such directory; give a checkpoint directory with config.json")
+    return path
+
+
+def load_model(checkpoint: Path | None, dtype: DType = DType.stored) -> BlockFFNForCausalLM:
+    import torch
+
+    from blockffn_compile.models.checkpoint import load_model
+    from blockffn_compile.models.config import CheckpointError
+
+    with reporting(CheckpointError):
+        wanted = None if dtype is DType.stored else getattr(torch, dtype)
+        return load_model(checkpoint_path(checkpoint), dtype=wanted)
+
+
+def load_tokenizer(checkpoint: Path | None) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = checkpoint_path(checkpoint) / "tokenizer.json"
+    if not path.is_file():
+        fail(f"{path}: no such file; copy the model's tokenizer.json there")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        fail(f"{path}: not a tokenizer: {error}")
+
+
+def encode_prompt(tokenizer: Tokenizer, model: BlockFFNForCausalLM, prompt: str) -> list[int]:
+    """Tokens of a prompt that leaves room in the context."""
+    tokens = tokenizer.encode(prompt).ids
+    longest = model.config.max_position_embeddings - 1
+    if not tokens:
+        fail("the prompt is empty; give some text with --prompt")
+    if len(tokens) > longest:
+        fail(f"the prompt has {len(tokens)} tokens, the model takes at most {longest}; shorten it")
+    return tokens
+
+
+def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Text of tokens as they come, held back only inside a multi-byte character."""
+    from tokenizers.decoders import DecodeStream
+
+    decoder = DecodeStream(skip_special_tokens=False)
+    for token in tokens:
+        piece = decoder.step(tokenizer, token)
+        if piece:
+            yield piece

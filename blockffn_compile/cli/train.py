@@ -1,0 +1,154 @@
+"""``blockffn train``: train a model, resumable at any time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockffn_compile.cli.common import fail, reporting
+from blockffn_compile.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from blockffn_compile.training.trainer import Trainer
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished one is resumed.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Architecture, as config.json; default: the bundled model's."),
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Train the dense twin of equal size instead.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = TrainConfig.steps,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = TrainConfig.batch,
+    context: Annotated[
+        int, typer.Option(min=2, help="Tokens a sequence; a multiple of the chunk.")
+    ] = TrainConfig.context,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate.")
+    ] = TrainConfig.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Of the matrices.")
+    ] = TrainConfig.weight_decay,
+    lambda_al: Annotated[
+        float, typer.Option(min=0, help="Factor of the activation locality loss.")
+    ] = TrainConfig.lambda_al,
+    lambda_cs: Annotated[
+        float, typer.Option(min=0, help="First factor of the chunk sparsification loss.")
+    ] = TrainConfig.lambda_cs,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens a chunk of that loss.")
+    ] = TrainConfig.chunk,
+    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = TrainConfig.seed,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints.")
+    ] = TrainConfig.save_every,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
+    ] = None,
+) -> None:
+    """Train a BlockFFN model on the sources of Python's standard library.
+
+    Ctrl-C saves and stops; the same command then goes on where it stopped.
+
+    Examples:
+
+    - `blockffn train --out runs/sparse --steps 1500 --lambda-cs 0.1`
+
+    - `blockffn train --out runs/dense --steps 1500 --dense`
+
+    - `blockffn train --out runs/mine --config model.json --context 1024`
+    """
+    import torch
+
+    from blockffn_compile.models.config import BlockFFNConfig, CheckpointError
+    from blockffn_compile.training import presets
+    from blockffn_compile.training.trainer import Trainer
+
+    with reporting(CheckpointError):
+        model_config = presets.BUNDLED if config is None else BlockFFNConfig.from_file(config)
+    if dense:
+        model_config = presets.dense_twin(model_config)
+    with reporting(ValueError, OSError):
+        trainer = Trainer(
+            model_config,
+            TrainConfig(
+                steps=steps,
+                batch=batch,
+                context=context,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                lambda_al=lambda_al,
+                lambda_cs=lambda_cs,
+                chunk=chunk,
+                seed=seed,
+                save_every=save_every,
+            ),
+            out,
+            device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+    if context > model_config.max_position_embeddings:
+        fail(f"--context {context} exceeds the model's {model_config.max_position_embeddings}")
+    _run(trainer)
+
+
+def _run(trainer: Trainer) -> None:
+    """Trains under a progress bar, and stops between two steps when asked to."""
+    from rich.console import Console
+    from rich import progress as bar
+
+    columns = [
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TimeElapsedColumn(),
+        bar.TextColumn("eta"),
+        bar.TimeRemainingColumn(elapsed_when_finished=False),
+        bar.TextColumn("{task.fields[losses]}"),
+    ]
+    console = Console()
+    if trainer.step:
+        console.print(f"resuming {trainer.out} at step {trainer.step}")
+    with bar.Progress(*columns, console=console, speed_estimate_period=300) as progress:
+        try:
+            result = trainer.run(_reporter(trainer, progress))
+        except KeyboardInterrupt:
+            trainer.save()
+            console.print(f"saved at step {trainer.step}; the same command goes on from there")
+            raise typer.Exit(130) from None
+    console.print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    console.print(f"model written to {trainer.out}")
+
+
+def _reporter(trainer: Trainer, progress: Progress) -> Callable[[int, dict[str, float]], None]:
+    task = progress.add_task(
+        "", total=trainer.config.steps, completed=trainer.step, losses="compiling"
+    )
+    interrupted = False
+
+    # A signal may come in the middle of a step, whose state must not be saved: note it only.
+    def note(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        progress.update(task, losses="stopping after this step")
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+
+    def report(step: int, losses: dict[str, float]) -> None:
+        text = (
+            f"loss {losses['lm']:.3f}  locality {losses['al']:.2f}  chunk {losses['cs']:.3f}  "
+            f"lambda {trainer.factor.value:.3g}"
+        )
+        progress.update(task, completed=step, losses=text)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    return report

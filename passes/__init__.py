@@ -1,0 +1,1 @@
+"""Graph passes: one recogniser of BlockFFN layers, and one thin adapter per graph language."""

@@ -1,0 +1,332 @@
+"""The FX adapter: rewrites BlockFFN layers of ATen graphs to ``blockffn::chunk_sparse_ffn``.
+
+Three forms, one rewrite: :func:`rewrite` for a graph, :class:`BlockFFNPass` for pass managers of
+``torch.fx``, :class:`BlockFFNGraphPass` for ``torch._inductor.config.joint_custom_pre_pass``.
+
+The graphs may be decomposed by Inductor's table or not at all: the recogniser knows SiLU and GELU
+in both spellings.  So Inductor traces with its stock table, and a graph without a BlockFFN layer
+compiles exactly as it does without this pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from blockffn_compile.passes.aten import lower
+from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
+from blockffn_compile.passes.view import Size, Value, ancestors
+
+log = logging.getLogger("blockffn_compile")
+aten = torch.ops.aten
+
+GRADIENTS = "gradients are needed; run it under torch.no_grad() or torch.inference_mode()"
+SIZES = "the token axes of the output are symbolic and cannot be read off those of the input"
+
+#: What a new node takes over from the one it replaces: where it came from in the model.
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "seq_nr")
+
+#: Largest error of a verified rewrite, relative to the largest output.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class VerificationError(RuntimeError):
+    """A rewritten layer computes something else than the original one."""
+
+
+def find(graph: fx.Graph) -> list[Result]:
+    """BlockFFN layers and near misses of a functional ATen graph, in its order.
+
+    In a joint forward and backward graph every layer is declined.
+    """
+    joint = any(_is_tangent(node) for node in graph.nodes)
+    results = recognise(lower(_forward_part(graph) if joint else list(graph.nodes)))
+    for i, result in enumerate(results):
+        if isinstance(result, BlockFFNMatch) and (joint or not _placeable(result)):
+            results[i] = Declined(result.name, GRADIENTS if joint else SIZES)
+    return results
+
+
+def rewrite(
+    graph: fx.Graph, *, verify: bool = False, dump_graph: str | Path | None = None
+) -> list[Result]:
+    """Replaces every BlockFFN layer of ``graph``, in place, by one call of the fused operation.
+
+    ``torch.ops.blockffn.chunk_sparse_ffn`` must be registered (``import blockffn_compile.ops``).
+
+    Args:
+        graph: functional ATen graph with (fake) tensors in ``node.meta["val"]``.
+        verify: run both sides of every rewrite on random inputs and compare.
+        dump_graph: directory for the graph before and after, one pair of files per call.
+
+    Returns:
+        A :class:`BlockFFNMatch` for every layer rewritten, a :class:`Declined` with the reason for
+        every near miss, in the order of the graph.
+
+    Raises:
+        VerificationError: the two sides differ; the message names the layer and the error.
+    """
+    results = find(graph)
+    if dump_graph is not None:
+        directory = Path(dump_graph)
+        directory.mkdir(parents=True, exist_ok=True)
+        prefix = directory / f"graph{len(list(directory.glob('graph*.before.txt')))}"
+        prefix.with_suffix(".before.txt").write_text(_readable(graph))
+    for result in results:
+        if isinstance(result, Declined):
+            log.info("%s: declined: %s", result.name, result.reason)
+            continue
+        if verify:
+            _verify(graph, result)
+        _replace(graph, result)
+        log.info("%s: rewritten, %s, scores from %s", result.name, result.spec, result.router)
+    graph.lint()
+    if dump_graph is not None:
+        prefix.with_suffix(".after.txt").write_text(_readable(graph))
+    return results
+
+
+class BlockFFNPass(PassBase):
+    """:func:`rewrite` for pass managers: takes a GraphModule, returns a ``PassResult``."""
+
+    def __init__(self, *, verify: bool = False) -> None:
+        self.verify = verify
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        results = rewrite(graph_module.graph, verify=self.verify)
+        graph_module.recompile()
+        return PassResult(graph_module, any(isinstance(r, BlockFFNMatch) for r in results))
+
+
+class BlockFFNGraphPass(CustomGraphPass):
+    """:func:`rewrite` for Inductor, as ``joint_custom_pre_pass``.
+
+    Attributes:
+        results: of all graphs so far.
+    """
+
+    def __init__(self, *, verify: bool = False, dump_graph: str | Path | None = None) -> None:
+        self.verify, self.dump_graph = verify, dump_graph
+        self.results: list[Result] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.results += rewrite(graph, verify=self.verify, dump_graph=self.dump_graph)
+
+    def uuid(self) -> bytes | None:
+        """Identity in Inductor's caches.
+
+        None, which turns them off, when verification or a dump is asked for: both must happen,
+        and a cached graph runs no pass.
+        """
+        return None if self.verify or self.dump_graph is not None else _sources_hash()
+
+
+@cache
+def _sources_hash() -> bytes:
+    """Hash of all that decides what the rewrite finds and emits."""
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), here.parent / "layer.py", here.parent / "ops.py"]
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.digest()
+
+
+def _readable(graph: fx.Graph) -> str:
+    module = graph.owning_module
+    if module is None:
+        return str(graph)
+    return fx.GraphModule(module, graph).print_readable(print_output=False, include_stride=True)
+
+
+# --- Joint graphs ---------------------------------------------------------------------------------
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    """AOTAutograd's own mark of the inputs of a backward pass."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def _forward_part(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes behind those outputs that do not depend on a tangent."""
+    backward: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_tangent(node) or not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
+    (output,) = graph.find_nodes(op="output")
+    wanted = {node for node in output.all_input_nodes if node not in backward}
+    for node in reversed(graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return [node for node in graph.nodes if node in wanted]
+
+
+# --- Emission -------------------------------------------------------------------------------------
+
+
+class _Emitter:
+    """Writes nodes with ``meta["val"]``, and the origin of ``like``, at the insertion point."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
+        self.graph = graph
+        self.origin = {k: v for k, v in like.meta.items() if k in _ORIGIN}
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        values = fx.map_arg(args, lambda n: n.meta["val"])
+        fake_modes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
+        with next(fake_modes, nullcontext()):
+            node.meta = {**self.origin, "val": target(*values)}
+        return node
+
+    def matrix(self, matrix: Matrix, node: fx.Node) -> fx.Node:
+        """``node`` read as ``matrix``."""
+        shape = matrix.value.shape
+        if matrix.perm != tuple(range(len(shape))):
+            node = self.call(aten.permute.default, node, list(matrix.perm))
+        if len(shape) != 2 or shape[matrix.perm[1]] != matrix.shape[1]:
+            node = self.call(aten.reshape.default, node, list(matrix.shape))
+        return node
+
+    def layer(self, match: BlockFFNMatch, nodes: Mapping[Value, fx.Node]) -> fx.Node:
+        """The fused operation with everything around it: a node that equals ``match.output``."""
+        x = self.matrix(match.x, nodes[match.x.value])
+        scores, *rest = (self.matrix(m, nodes[m.value]) for m in match.scores)
+        for factor in (*rest, *([match.scale] if match.scale != 1 else [])):
+            scores = self.call(aten.mul.Tensor, scores, factor)
+        y = self.call(
+            torch.ops.blockffn.chunk_sparse_ffn.default,
+            x,
+            self.cast(scores, match.x.value.dtype),
+            nodes[match.w_up],
+            nodes[match.w_down],
+            match.spec.act,
+            None if match.w_gate is None else nodes[match.w_gate],
+            match.up_axes,
+            match.down_axes,
+        )
+        output, perm = match.output.value, match.output.perm
+        if len(output.shape) != 2:
+            sizes = [output.shape[i] for i in perm]
+            y = self.call(aten.reshape.default, y, self.sizes(sizes, match, nodes))
+        if perm != tuple(range(len(perm))):
+            inverse = [perm.index(i) for i in range(len(perm))]
+            y = self.call(aten.permute.default, y, inverse)
+            y = self.call(aten.clone.default, y)
+            y.kwargs = {"memory_format": torch.contiguous_format}
+        return self.cast(y, output.dtype)
+
+    def cast(self, node: fx.Node, dtype: str) -> fx.Node:
+        wanted = getattr(torch, dtype)
+        if node.meta["val"].dtype == wanted:
+            return node
+        return self.call(torch.ops.prims.convert_element_type.default, node, wanted)
+
+    def sizes(
+        self, sizes: list[Size], match: BlockFFNMatch, nodes: Mapping[Value, fx.Node]
+    ) -> list[int | fx.Node]:
+        """``sizes`` as arguments; where more than one is symbolic they are read off x."""
+        if sum(not isinstance(size, int) for size in sizes) <= 1:
+            return [size if isinstance(size, int) else -1 for size in sizes]
+        x, shape = nodes[match.x.value], match.x.value.shape
+        return [
+            size if isinstance(size, int) else self.call(aten.sym_size.int, x, shape.index(size))
+            for size in sizes
+        ]
+
+
+def _placeable(match: BlockFFNMatch) -> bool:
+    """Whether :meth:`_Emitter.sizes` can tell the shape of the output."""
+    symbolic = [size for size in match.output.value.shape if not isinstance(size, int)]
+    return len(symbolic) <= 1 or set(symbolic) <= set(match.x.value.shape)
+
+
+def _replace(graph: fx.Graph, match: BlockFFNMatch) -> None:
+    """Puts the fused operation in the place of ``match.output`` and erases what it supersedes."""
+    output = match.output.value
+    superseded = ancestors(output, frozenset(match.operands))
+    with graph.inserting_before(output.source):
+        emitter = _Emitter(graph, output.source)
+        new = emitter.layer(match, {value: value.source for value in match.operands})
+    output.source.replace_all_uses_with(new)
+    for node in (value.source for value in reversed(superseded) if value.source is not None):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+    output.source = new  # a layer that reads it reads the new node
+
+
+# --- Verification ---------------------------------------------------------------------------------
+
+
+def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
+    """Runs the layer as it stands and as it will be on the same random inputs.
+
+    Symbolic sizes take their hints, the sizes seen when compiling.
+
+    Raises:
+        VerificationError: the results differ by more than ``TOLERANCE``.
+    """
+    operands = list(dict.fromkeys(match.operands))
+    output = match.output.value.source
+    wanted, stop = {output}, {value.source for value in operands}
+    for node in reversed(graph.nodes):
+        if node in wanted and node not in stop:
+            wanted.update(node.all_input_nodes)
+
+    generator = torch.Generator().manual_seed(0)
+    scores = {m.value for m in match.scores}
+    with unset_fake_temporarily(), torch.no_grad():
+        inputs = [_random(v.source.meta["val"], v in scores, generator) for v in operands]
+        original = fx.Graph()
+        copies: dict[fx.Node, Any] = {}
+        for value in operands:
+            copies[value.source] = original.placeholder(value.source.name)
+        for node in graph.nodes:
+            if node in wanted and node not in stop:
+                number = node.meta.get("val")
+                copies[node] = (
+                    optimization_hint(number, fallback=8)
+                    if isinstance(number, torch.SymInt)
+                    else original.node_copy(node, copies.__getitem__)
+                )
+        original.output(copies[output])
+
+        fused = fx.Graph()
+        nodes = {}
+        for value, tensor in zip(operands, inputs, strict=True):
+            nodes[value] = fused.placeholder(value.source.name)
+            nodes[value].meta["val"] = tensor
+        fused.output(_Emitter(fused, output).layer(match, nodes))
+
+        root = graph.owning_module or torch.nn.Module()
+        expected, actual = (fx.GraphModule(root, g)(*inputs) for g in (original, fused))
+        limit = TOLERANCE[inputs[0].dtype]
+        largest = expected.abs().max().item()
+        error = (actual - expected).abs().max().item() / largest
+    if actual.shape != expected.shape or not error <= limit:
+        raise VerificationError(
+            f"{match.name}: the rewritten layer differs from the original one by {error:.2e} of "
+            f"its largest output (allowed: {limit:.0e}); please report it with the graph that "
+            'options={"dump_graph": DIRECTORY} writes'
+        )
+
+
+def _random(like: Tensor, scores: bool, generator: torch.Generator) -> Tensor:
+    """A random tensor of the size of ``like``; half of the scores are zero."""
+    size = [optimization_hint(n, fallback=8) for n in like.shape]
+    tensor = torch.randn(size, generator=generator)
+    if scores:
+        tensor = tensor.relu()
+    return tensor.to(like.dtype).to(like.device)
