@@ -19,6 +19,9 @@ from blockffn_compile.passes.view import AXES_ONLY, Size, Value
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+#: Checks types and devices, not elements: no user of its operand.
+METADATA_ASSERTION = aten._assert_tensor_metadata.default
+
 Args = dict[str, Any]
 Rule = Callable[["_Lowering", fx.Node, Args], Value | None]
 _RULES: dict[Any, Rule] = {}
@@ -36,12 +39,17 @@ def lower(nodes: Sequence[fx.Node]) -> list[Value]:
     """The view of ``nodes``, each node the ``source`` of its value.
 
     Args:
-        nodes: of one functional ATen graph, in order.  Shapes and types are read from the (fake)
-            tensors in ``node.meta["val"]``, where AOTAutograd and ``torch.export`` leave them; a
-            node without one is opaque.
+        nodes: of one ATen graph, in order; dead ones are left out.  Shapes and types are read
+            from the (fake) tensors in ``node.meta["val"]``, where AOTAutograd and
+            ``torch.export`` leave them; a node without one is opaque.
     """
     lowering = _Lowering()
-    for node in nodes:
+    live: set[fx.Node] = set()
+    for node in reversed(nodes):
+        used = node.is_impure() and node.target is not METADATA_ASSERTION
+        if used or not live.isdisjoint(node.users):
+            live.add(node)
+    for node in (n for n in nodes if n in live):
         value = lowering.lower(node)
         value.source, value.scope = node, module_paths(node)
         lowering.of[node] = value
@@ -111,6 +119,8 @@ class _Lowering:
             return self._constant(node)
         if node.op == "output":
             return self.new(node, "output", self.operands(*node.all_input_nodes))
+        if isinstance(_val(node), int | torch.SymInt):
+            return self.new(node, "other")  # it reads a shape, not the elements
         value: Value | None = None
         if node.target is operator.getitem:
             value = self._item(node)

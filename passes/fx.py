@@ -11,7 +11,9 @@ compiles exactly as it does without this pass.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache
@@ -25,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from blockffn_compile.passes.aten import lower
+from blockffn_compile.passes.aten import METADATA_ASSERTION, lower, size_token
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
 from blockffn_compile.passes.view import Size, Value, ancestors
 
@@ -33,6 +35,7 @@ log = logging.getLogger("blockffn_compile")
 aten = torch.ops.aten
 
 GRADIENTS = "gradients are needed; run it under torch.no_grad() or torch.inference_mode()"
+WRITES = "tensors are written in place before it; functionalise the graph first"
 SIZES = "the token axes of the output are symbolic and cannot be read off those of the input"
 
 #: What a new node takes over from the one it replaces: where it came from in the model.
@@ -47,16 +50,31 @@ class VerificationError(RuntimeError):
 
 
 def find(graph: fx.Graph) -> list[Result]:
-    """BlockFFN layers and near misses of a functional ATen graph, in its order.
+    """BlockFFN layers and near misses of an ATen graph, in its order.
 
     In a joint forward and backward graph every layer is declined.
     """
-    joint = any(_is_tangent(node) for node in graph.nodes)
-    results = recognise(lower(_forward_part(graph) if joint else list(graph.nodes)))
+    nodes = list(graph.nodes)
+    joint = any(_is_tangent(node) for node in nodes)
+    results = recognise(lower(_forward_part(graph) if joint else nodes))
+    # The fused operation reads where the layer's last operation stood: nothing may have been
+    # written in place before.  (AOTAutograd writes to inputs, if at all, in the end.)
+    writes = itertools.accumulate(map(_writes, nodes), operator.or_)
+    spoiled = {node for node, written in zip(nodes, writes, strict=True) if written}
     for i, result in enumerate(results):
-        if isinstance(result, BlockFFNMatch) and (joint or not _placeable(result)):
-            results[i] = Declined(result.name, GRADIENTS if joint else SIZES)
+        if isinstance(result, Declined):
+            continue
+        if joint:
+            results[i] = Declined(result.name, GRADIENTS)
+        elif result.output.value.source in spoiled:
+            results[i] = Declined(result.name, WRITES)
+        elif not _placeable(result):
+            results[i] = Declined(result.name, SIZES)
     return results
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def rewrite(
@@ -67,7 +85,8 @@ def rewrite(
     ``torch.ops.blockffn.chunk_sparse_ffn`` must be registered (``import blockffn_compile.ops``).
 
     Args:
-        graph: functional ATen graph with (fake) tensors in ``node.meta["val"]``.
+        graph: ATen graph with composite operations decomposed and the (fake) tensor of every
+            node in ``meta["val"]``.
         verify: run both sides of every rewrite on random inputs and compare.
         dump_graph: directory for the graph before and after, one pair of files per call.
 
@@ -79,22 +98,27 @@ def rewrite(
         VerificationError: the two sides differ; the message names the layer and the error.
     """
     results = find(graph)
+    for result in results:
+        if isinstance(result, BlockFFNMatch):
+            log.info("%s: rewritten: %s, scores: %s", result.name, result.spec, result.router)
+        else:
+            log.info("%s: declined: %s", result.name, result.reason)
     if dump_graph is not None:
         directory = Path(dump_graph)
         directory.mkdir(parents=True, exist_ok=True)
-        prefix = directory / f"graph{len(list(directory.glob('graph*.before.txt')))}"
-        prefix.with_suffix(".before.txt").write_text(_readable(graph))
-    for result in results:
-        if isinstance(result, Declined):
-            log.info("%s: declined: %s", result.name, result.reason)
-            continue
-        if verify:
-            _verify(graph, result)
-        _replace(graph, result)
-        log.info("%s: rewritten, %s, scores from %s", result.name, result.spec, result.router)
-    graph.lint()
+        dump = directory / f"graph{len(list(directory.glob('graph*.before.txt')))}"
+        dump.with_suffix(".before.txt").write_text(_readable(graph))
+    matches = [result for result in results if isinstance(result, BlockFFNMatch)]
+    if matches:
+        _share_sizes(graph)
+        for match in matches:
+            if verify:
+                _verify(graph, match)
+            _replace(graph, match)
+        graph.eliminate_dead_code()
+        graph.lint()
     if dump_graph is not None:
-        prefix.with_suffix(".after.txt").write_text(_readable(graph))
+        dump.with_suffix(".after.txt").write_text(_readable(graph))
     return results
 
 
@@ -186,8 +210,14 @@ class _Emitter:
     def call(self, target: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)
         values = fx.map_arg(args, lambda n: n.meta["val"])
-        fake_modes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
-        with next(fake_modes, nullcontext()):
+        modes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
+        if (mode := next(modes, None)) is not None:
+            # A constant of the graph's module may come with itself instead of a fake tensor.
+            values = [
+                mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else v
+                for v in values
+            ]
+        with mode or nullcontext():
             node.meta = {**self.origin, "val": target(*values)}
         return node
 
@@ -253,18 +283,27 @@ def _placeable(match: BlockFFNMatch) -> bool:
     return len(symbolic) <= 1 or set(symbolic) <= set(match.x.value.shape)
 
 
+def _share_sizes(graph: fx.Graph) -> None:
+    """Makes equal symbolic sizes one node, so that none is read off a value about to go."""
+    first: dict[Size, fx.Node] = {}
+    for node in graph.nodes:
+        size = node.meta.get("val")
+        if isinstance(size, torch.SymInt):
+            node.replace_all_uses_with(first.setdefault(size_token(size), node))
+
+
 def _replace(graph: fx.Graph, match: BlockFFNMatch) -> None:
-    """Puts the fused operation in the place of ``match.output`` and erases what it supersedes."""
+    """Puts the fused operation in the place of ``match.output``."""
     output = match.output.value
-    superseded = ancestors(output, frozenset(match.operands))
+    nodes = {value: value.source for value in match.operands}
+    for value in ancestors(output, frozenset(match.operands)):
+        for user in list(value.source.users) if value.source is not None else ():
+            if user.target is METADATA_ASSERTION:  # left by torch.export; keeps the value alive
+                graph.erase_node(user)
     with graph.inserting_before(output.source):
-        emitter = _Emitter(graph, output.source)
-        new = emitter.layer(match, {value: value.source for value in match.operands})
+        new = _Emitter(graph, output.source).layer(match, nodes)
     output.source.replace_all_uses_with(new)
-    for node in (value.source for value in reversed(superseded) if value.source is not None):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
-    output.source = new  # a layer that reads it reads the new node
+    output.source = new  # for a layer that reads it
 
 
 # --- Verification ---------------------------------------------------------------------------------
@@ -282,7 +321,7 @@ def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
     output = match.output.value.source
     wanted, stop = {output}, {value.source for value in operands}
     for node in reversed(graph.nodes):
-        if node in wanted and node not in stop:
+        if node in wanted - stop and not isinstance(node.meta.get("val"), torch.SymInt):
             wanted.update(node.all_input_nodes)
 
     generator = torch.Generator().manual_seed(0)
@@ -294,7 +333,7 @@ def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
         for value in operands:
             copies[value.source] = original.placeholder(value.source.name)
         for node in graph.nodes:
-            if node in wanted and node not in stop:
+            if node in wanted - stop:
                 number = node.meta.get("val")
                 copies[node] = (
                     optimization_hint(number, fallback=8)

@@ -53,10 +53,13 @@ def test_no_step_recompiles(make_model) -> None:
 
 def test_many_models_and_a_released_one(make_model) -> None:
     """Models do not use up each other's recompilations, and are not kept alive."""
+
+    def trace_only(graph, inputs):
+        return graph.forward
+
     models = [make_model(make_config(num_experts=2 + i)) for i in range(10)]
     for model in models:
-        list(generate(model, PROMPT, 2, backend="eager"))
-        list(generate(model, PROMPT, 2, backend="aot_eager"))
+        list(generate(model, PROMPT, 1, backend=trace_only))
     last = weakref.ref(models.pop())
     del model
     torch._dynamo.reset()
@@ -97,9 +100,9 @@ def test_stops_where_the_context_is_full(make_model) -> None:
 def test_seeded_sampling_repeats_and_varies(make_model) -> None:
     model = make_model(make_config())
 
-    def draw(seed, **options):
-        options = {"temperature": 1.0, "backend": "eager"} | options
-        return list(generate(model, PROMPT, 20, seed=seed, **options))
+    def draw(seed, temperature=1.0, top_k=None):
+        options = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        return list(generate(model, PROMPT, 20, backend="eager", **options))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -154,6 +157,12 @@ def test_caches_double_up_to_the_context(make_model) -> None:
 
 def test_a_compiled_step_is_kept(make_model) -> None:
     model = make_model(make_config())
-    assert compile_step(model, "inductor").func is compile_step(model, "inductor").func
-    other = compile_step(make_model(make_config()), "inductor")
-    assert compile_step(model, "inductor").func is not other.func
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for _ in range(3):
+        compile_step(model, count)(torch.tensor([1]), torch.tensor([0]), new_cache(model, 8))
+    assert len(graphs) == 1

@@ -24,14 +24,8 @@ def explain(checkpoint: CheckpointArgument = None) -> None:
     report = explain_model(model, torch.zeros(1, 8, dtype=torch.long))
     table = Table("layer", "status", "what, or why not")
     for layer in report.layers:
-        text, spec = layer.reason or "", layer.spec
-        if spec is not None:
-            text = (
-                f"{spec.num_experts} experts of {spec.expert_size}, hidden {spec.hidden_size}, "
-                f"layout {spec.layout}, norm {spec.norm}, {spec.act}{', gated' * spec.gated}"
-            )
         style = "green" if layer.status == "rewritten" else "yellow"
-        table.add_row(layer.name, f"[{style}]{layer.status}[/]", text)
+        table.add_row(layer.name, f"[{style}]{layer.status}[/]", layer.description)
     console = Console()
     console.print(table)
     rewritten = sum(layer.status == "rewritten" for layer in report.layers)

@@ -102,8 +102,8 @@ def train(
 
 def _run(trainer: Trainer) -> None:
     """Trains under a progress bar, and stops between two steps when asked to."""
-    from rich.console import Console
     from rich import progress as bar
+    from rich.console import Console
 
     columns = [
         bar.BarColumn(),

@@ -6,7 +6,7 @@ def test_shows_every_layer(blockffn, checkpoint) -> None:
     assert result.exit_code == 0, result.output
     rows = [line for line in result.stdout.splitlines() if "rewritten" in line]
     assert len(rows) == 3  # two layers and the summary
-    assert "6 experts of 8, hidden 32, layout block, norm rms, silu" in rows[0]
+    assert "6 experts of 8, hidden 32, silu, block" in rows[0]
     assert rows[-1] == "2 of 2 layers rewritten"
 
 

@@ -28,7 +28,7 @@ def saved(tiny_config, make_model, tmp_path):
 def shard(path, parts: int = 3) -> None:
     """Splits the single file of a checkpoint into indexed shards."""
     tensors = load_file(path / SINGLE)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(parts):
         name = f"model-{i + 1:05}-of-{parts:05}.safetensors"
         part = dict(list(tensors.items())[i::parts])

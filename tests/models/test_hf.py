@@ -101,4 +101,4 @@ def test_a_fresh_model_is_initialised(tiny_config) -> None:
 
 def test_an_unsupported_config_is_named() -> None:
     with pytest.raises(CheckpointError, match="missing field"):
-        hf.HFBlockFFNConfig(hidden_size=8).native()
+        hf.HFBlockFFNConfig().native()

@@ -98,7 +98,7 @@ def test_logits_equal_a_second_implementation(tiny_config, make_model, tied) -> 
         if "norm" in name:
             parameter.uniform_(0.5, 1.5)
     expected = torch.from_numpy(reference_logits(model, TOKENS[0].tolist()))
-    scale = expected.abs().max()
+    scale = expected.abs().max().item()
     torch.testing.assert_close(model(TOKENS)[0].double(), expected, rtol=0, atol=2e-5 * scale)
     # Norms keep fp32 variance under fp64 too.
     torch.testing.assert_close(model.double()(TOKENS)[0], expected, rtol=0, atol=1e-6 * scale)

@@ -51,8 +51,9 @@ class Layer(nn.Module):
         self.spelling = spelling
         self.p = Parameters(spelling.up, spelling.down, spelling.dtype)
 
-    def forward(self, x: Tensor) -> Any:
-        return self.spelling.forward(self.p, x)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.spelling.forward(self.p, x)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 @dataclass(frozen=True)
@@ -406,7 +407,7 @@ match("norm_l1", norm="none", router="relu, another norm")(
 )
 match("router_bias_before_relu")(with_router(lambda p, r: F.relu(r + p.expert_bias)))
 match("router_clamp")(with_router(lambda p, r: r.clamp(min=0)))
-match("router_relu6", router="relu")(with_router(lambda p, r: F.relu6(r)))
+match("router_relu6")(with_router(lambda p, r: F.relu6(r)))
 match("router_maximum")(with_router(lambda p, r: torch.maximum(r, torch.zeros_like(r))))
 match("router_threshold", router="mask")(with_router(lambda p, r: F.threshold(r, 0.1, 0.0)))
 match("router_where", router="mask")(with_router(lambda p, r: torch.where(r > 0.1, r, 0.0)))

@@ -35,5 +35,5 @@ def test_tokenizer_and_encoding(tiny_corpus) -> None:
     tokens = corpus.encode(tokenizer, held_out=True)
     assert tokens.dtype == np.uint16
     documents = np.split(tokens, np.flatnonzero(tokens == 0) + 1)
-    assert [tokenizer.decode(d[:-1]) for d in documents[:-1]] == list(corpus.texts(True))
+    assert [tokenizer.decode(d[:-1].tolist()) for d in documents[:-1]] == list(corpus.texts(True))
     assert documents[-1].size == 0

@@ -85,11 +85,12 @@ def test_a_chunk_must_divide_the_text(logits) -> None:
 
 
 def test_recording_sees_every_layer_and_leaves_no_hook() -> None:
-    model = torch.nn.Sequential(BlockFFN(BlockFFNSpec(6, 4, 3)), BlockFFN(BlockFFNSpec(6, 4, 3)))
+    first, second = BlockFFN(BlockFFNSpec(6, 4, 3)), BlockFFN(BlockFFNSpec(6, 4, 3))
+    model = torch.nn.Sequential(first, second)
     x = torch.randn(5, 6)
     with record_router_logits(model) as logits:
         model(x)
         assert list(logits) == ["0", "1"]
-        torch.testing.assert_close(logits["0"], model[0].router_proj(x))
+        torch.testing.assert_close(logits["0"], first.router_proj(x))
     model(2 * x)
-    torch.testing.assert_close(logits["0"], model[0].router_proj(x))
+    torch.testing.assert_close(logits["0"], first.router_proj(x))
