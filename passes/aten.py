@@ -44,12 +44,11 @@ def lower(nodes: Sequence[fx.Node]) -> list[Value]:
             ``torch.export`` leave them; a node without one is opaque.
     """
     lowering = _Lowering()
-    live: set[fx.Node] = set()
+    dead: set[fx.Node] = set()
     for node in reversed(nodes):
-        used = node.is_impure() and node.target is not METADATA_ASSERTION
-        if used or not live.isdisjoint(node.users):
-            live.add(node)
-    for node in (n for n in nodes if n in live):
+        if node.target is METADATA_ASSERTION or not (node.is_impure() or node.users.keys() - dead):
+            dead.add(node)
+    for node in (n for n in nodes if n not in dead):
         value = lowering.lower(node)
         value.source, value.scope = node, module_paths(node)
         lowering.of[node] = value
