@@ -213,10 +213,12 @@ class _Emitter:
         modes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
         if (mode := next(modes, None)) is not None:
             # A constant of the graph's module may come with itself instead of a fake tensor.
-            values = [
-                mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else v
+            values = tuple(
+                v
+                if isinstance(v, FakeTensor) or not isinstance(v, Tensor)
+                else mode.from_tensor(v, static_shapes=True)
                 for v in values
-            ]
+            )
         with mode or nullcontext():
             node.meta = {**self.origin, "val": target(*values)}
         return node
@@ -289,7 +291,9 @@ def _share_sizes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         size = node.meta.get("val")
         if isinstance(size, torch.SymInt):
-            node.replace_all_uses_with(first.setdefault(size_token(size), node))
+            known = first.setdefault(size_token(size), node)
+            if known is not node:
+                node.replace_all_uses_with(known)
 
 
 def _replace(graph: fx.Graph, match: BlockFFNMatch) -> None:

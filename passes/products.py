@@ -54,13 +54,15 @@ def _is_sigmoid(value: Value, u: Value) -> bool:
     return inverse and _is_one_plus_exp(value.inputs[-1], u)
 
 
-def _is_function_of(value: Value, u: Value) -> bool:
+def _is_function_of(value: Value, u: Value, depth: int = 10) -> bool:
     """Whether ``value`` is computed from ``u`` and numbers, by the operations of tanh GELU."""
     value = strip(value, _CASTS)
     if value is u or value.scalar is not None:
         return True
-    return value.op in ("mul", "add", "pow", "tanh") and all(
-        _is_function_of(v, u) for v in value.inputs
+    return (
+        depth > 0
+        and value.op in ("mul", "add", "pow", "tanh")
+        and all(_is_function_of(v, u, depth - 1) for v in value.inputs)
     )
 
 
@@ -227,14 +229,14 @@ def starts(values: Sequence[Value]) -> Iterator[Product]:
                 yield Product(value, dims, act, up, tuple(factors), problems=(problem,))
 
 
-def _factors(value: Value, dims: Dims) -> list[Factor]:
+def _factors(value: Value, dims: Dims, depth: int = 4) -> list[Factor]:
     """``value`` as one factor, or as several if there is a contraction among them."""
     factor = trace(value, dims)
-    if factor.root.op == "mul":
+    if factor.root.op == "mul" and depth > 0:
         parts = [
             part
             for operand in factor.root.inputs
-            for part in _factors(operand, align(factor.dims, operand.shape))
+            for part in _factors(operand, align(factor.dims, operand.shape), depth - 1)
         ]
         if any(contraction(part.root, part.dims) for part in parts):
             return parts

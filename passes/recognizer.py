@@ -35,6 +35,9 @@ from blockffn_compile.passes.view import (
 )
 from blockffn_compile.passes.zeros import Router, router, zeros
 
+#: Operations followed from one activation before giving up; a layer has about ten.
+MAX_STEPS = 1000
+
 #: Element types that the fused operation takes.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -264,7 +267,10 @@ def _prove(layer: _Layer) -> BlockFFNMatch | None:
         _DeclineError: it is a layer with routing scores, but not one that can be rewritten.
     """
     at = layer.at
-    proofs = [(zeros(f.path[0][0]), f) for f in layer.scores]
+    proofs = [
+        (zeros(*f.path[0], over=layer.e), f)
+        for f in sorted(layer.scores, key=lambda f: not f.axes & layer.e)
+    ]
     proof, main = next((p for p in proofs if p[0].proved), proofs[0])
     if not layer.s:
         if proof.proved and any(f.root.op == "gather" for f in layer.scores):
@@ -280,7 +286,7 @@ def _prove(layer: _Layer) -> BlockFFNMatch | None:
     o = _ordered(layer.o, down_dims)
     up_axes, down_axes = _letters(up_dims, e=e, s=s, h=h), _letters(down_dims, e=e, s=s, h=o)
     w_gate = None
-    if layer.gate is not None:
+    if layer.gate is not None:  # the weight inside the activation is the one called gate
         second, second_h = _second_projection(layer)
         w_gate, (w_up, up_dims) = w_up, _weight(second, "up")
         if _letters(up_dims, e=e, s=s, h=second_h) != up_axes:
@@ -391,7 +397,9 @@ def recognise(values: Sequence[Value]) -> list[Result]:
     lone: dict[Value, dict[Value, tuple[str, int]]] = {}
     for start in starts(values):
         stack = [(start, False)]
-        while stack:
+        for _ in range(MAX_STEPS):
+            if not stack:
+                break
             at, finished = stack.pop()
             weight = at.weight()
             layer = None if weight is None else _as_layer(at, weight)

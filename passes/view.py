@@ -247,18 +247,24 @@ def strip(value: Value, through: frozenset[str] = TRANSPARENT) -> Value:
     return value
 
 
-def product(value: Value, through: frozenset[str] = TRANSPARENT) -> tuple[list[Value], float]:
-    """Tensor factors and the numeric factor of a chain of products."""
-    value = strip(value, through)
-    if value.scalar is not None:
-        return [], value.scalar
-    if value.op == "mul":
-        (left, a), (right, b) = (product(v, through) for v in value.inputs)
-        return left + right, a * b
-    if value.op == "div" and value.inputs[1].scalar:
-        factors, scale = product(value.inputs[0], through)
-        return factors, scale / value.inputs[1].scalar
-    return [value], 1.0
+def product(
+    value: Value, through: frozenset[str] = TRANSPARENT, limit: int = 8
+) -> tuple[list[Value], float]:
+    """Tensor factors, about ``limit`` at most, and the numeric factor of a chain of products."""
+    factors: list[Value] = []
+    scale, todo = 1.0, [value]
+    while todo and len(factors) + len(todo) < limit:
+        value = strip(todo.pop(), through)
+        if value.scalar is not None:
+            scale *= value.scalar
+        elif value.op == "mul":
+            todo.extend(value.inputs)
+        elif value.op == "div" and value.inputs[1].scalar:
+            scale /= value.inputs[1].scalar
+            todo.append(value.inputs[0])
+        else:
+            factors.append(value)
+    return factors + todo, scale
 
 
 def plus_scalar(value: Value) -> tuple[Value, float] | None:

@@ -21,6 +21,7 @@ from blockffn_compile.backend import blockffn
 from blockffn_compile.layer import BlockFFN, BlockFFNSpec
 from blockffn_compile.models.cache import StaticCache
 from blockffn_compile.passes import fx as passes
+from blockffn_compile.passes.recognizer import BlockFFNMatch, recognise
 from tests.conftest import make_config
 from tests.passes.near_misses import NEAR_MISSES
 from tests.passes.spellings import MATCHES
@@ -216,14 +217,14 @@ def test_configured_passes_run_too(layer):
 
 
 def test_verify(layer, monkeypatch):
-    def recognise(values):
+    def misread(values):
         return [
-            dataclasses.replace(m, spec=m.spec.replace(act="relu"), name="model.mlp")
-            for m in original(values)
+            dataclasses.replace(m, name="model.mlp", spec=m.spec.replace(act="relu"))
+            for m in recognise(values)
+            if isinstance(m, BlockFFNMatch)
         ]
 
-    original = passes.recognise
-    monkeypatch.setattr(passes, "recognise", recognise)
+    monkeypatch.setattr(passes, "recognise", misread)
     with pytest.raises(Exception, match=r"VerificationError: model\.mlp: .* differs"):
         compiled(layer, options=VERIFY)(torch.randn(5, 16))
 

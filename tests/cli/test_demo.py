@@ -2,6 +2,13 @@ from __future__ import annotations
 
 import re
 
+import pytest
+import torch
+
+from blockffn_compile.cli.common import Backend
+from blockffn_compile.cli.demo import disagreement
+from tests.conftest import make_config
+
 
 def test_completes_and_compares(blockffn, checkpoint) -> None:
     options = ["--prompt", "def add(a, b):", "--max-new-tokens", 24, "--repeats", 1]
@@ -19,3 +26,13 @@ def test_completes_and_compares(blockffn, checkpoint) -> None:
 
 def test_missing_checkpoint(refused, tmp_path) -> None:
     assert "no such directory" in refused("demo", tmp_path / "absent")
+
+
+def test_disagreement_is_the_gap_between_the_choices(make_model) -> None:
+    model, text = make_model(make_config()), torch.arange(1, 9)
+    logits = model(text[None])[0, 4:]
+    best, worst = logits.argmax(1).tolist(), logits.argmin(1).tolist()
+    assert disagreement(model, text, 4, {Backend.eager: best, Backend.inductor: best}) == 0
+    second = [*best[:2], worst[2], best[3]]
+    gap = disagreement(model, text, 4, {Backend.eager: best, Backend.inductor: second})
+    assert gap == pytest.approx((logits[2].max() - logits[2].min()).item(), rel=1e-4)

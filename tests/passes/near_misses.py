@@ -71,6 +71,28 @@ near_miss("mean_subtracted", MEAN)(
 )
 near_miss("raw_logits", RAW)(with_router(lambda p, r: r))
 
+TOKENS = "zeros among the scores are those of tokens, not of experts"
+
+near_miss("softmax_of_masked_tokens", SOFTMAX)(
+    with_router(lambda p, r: torch.softmax(r, -1).masked_fill(r[:, :1] < 0, 0.0))
+)
+near_miss("softmax_times_token_gate", SOFTMAX)(
+    with_router(lambda p, r: torch.softmax(r, -1) * F.relu(r[:, :1]))
+)
+near_miss("softmax_over_masked_tokens", SOFTMAX)(
+    with_router(lambda p, r: torch.softmax(r.masked_fill(r[:, :1] < 0, float("-inf")), -1))
+)
+near_miss("token_gate_alone", TOKENS)(
+    with_router(lambda p, r: F.relu(r[:, :1]) * torch.ones_like(r))
+)
+
+
+@near_miss("softmax_and_separate_token_gate", SOFTMAX)
+def _(p, x):
+    logits = x @ p.router.t()
+    mid = F.silu(up_of(p, x)) * over_experts(torch.softmax(logits, -1))
+    return down_of(p, mid * F.relu(logits[:, 0])[None, :, None])
+
 
 @near_miss("scores_are_an_input", "scores enter the graph as data")
 def _(p, x):

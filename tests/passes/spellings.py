@@ -227,6 +227,13 @@ def _(p, x):
     return (mid.unsqueeze(2) * p.down).sum(dim=(1, 3))
 
 
+@match("matvec_as_inductor_decomposes_it", shape=(1, H))
+def _(p, x):
+    u = (x.expand(E, 1, H).unsqueeze(-1) * p.up.mT.unsqueeze(1)).sum(dim=2)
+    mid = F.silu(u) * over_experts(scores_of(p, x))
+    return (mid.unsqueeze(-1) * p.down.mT.unsqueeze(1)).sum(dim=2).sum(0)
+
+
 # --- Where the scores are multiplied --------------------------------------------------------------
 
 
@@ -418,6 +425,11 @@ match("router_scaled")(with_router(lambda p, r: F.relu(r) * p.norm * 3))
 match("router_top_k")(with_router(top_k))
 match("router_softmax_top_k")(with_router(softmax_top_k))
 match("router_masked_softmax")(with_router(masked_softmax))
+
+
+match("router_relu_and_token_mask")(
+    with_router(lambda p, r: F.relu(r).masked_fill(r[:, :1] < 0, 0.0))
+)
 
 
 @match("router_in_float32", dtype=torch.bfloat16)

@@ -30,6 +30,7 @@ def trace(
         gm, signature = aot_export_module(
             module, (fake,), trace_joint=False, decompositions=decompositions
         )
+    assert isinstance(gm, fx.GraphModule)
     state = dict(module.named_parameters()) | dict(module.named_buffers())
     return gm, [*(state[name] for name in (*signature.parameters, *signature.buffers)), x]
 
