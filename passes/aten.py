@@ -275,14 +275,16 @@ def _reshape(at: _Lowering, node: fx.Node, args: Args) -> Value | None:
     return at.new(node, "reshape", at.operands(node.all_input_nodes[0]))
 
 
-@_rule(aten.permute, aten.t, aten.transpose)
+@_rule(aten.permute, aten.t, aten.transpose, aten.mT, aten.numpy_T)
 def _permute(at: _Lowering, node: fx.Node, args: Args) -> Value:
     x = at.operand(args["self"])
     perm = list(range(len(x.shape)))
     if "dims" in args:
         perm = [dim % len(perm) for dim in args["dims"]]
+    elif _packet(node) is aten.numpy_T:
+        perm.reverse()
     elif len(perm) > 1:
-        a, b = args.get("dim0", 0), args.get("dim1", 1)
+        a, b = args.get("dim0", -2), args.get("dim1", -1)
         perm[a], perm[b] = perm[b], perm[a]
     return at.new(node, "permute", (x,), perm=tuple(perm))
 

@@ -132,11 +132,11 @@ class _Analysis:
     def everywhere(self, value: Value, dims: Dims | None, depth: int) -> Zeros:
         """Operations that are zero only where all their operands are."""
         first = 1 if value.op == "where" else 0
-        operands = range(first, len(value.inputs))
+        operands = [i for i, v in enumerate(value.inputs) if i >= first and v.scalar != 0]
         found = [self.operand(value, i, dims, depth) for i in operands]
         refused = [z for z in found if not z.proved]
         if not refused:
-            return found[0]
+            return next(iter(found), Zeros(False, "scores are constant"))
         if value.op in ("add", "sub") and len(refused) < len(found):
             text = "a bias is added after the ReLU, so off experts are not exactly zero"
             return Zeros(False, text)

@@ -38,7 +38,7 @@ def assert_same(actual, expected):
     loose = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
     for a, b in zip(actual, expected, strict=True):
         limit = loose.get(b.dtype, 1e-5)
-        torch.testing.assert_close(a, b, atol=limit, rtol=limit)
+        torch.testing.assert_close(a, b, atol=limit, rtol=limit, equal_nan=True)
 
 
 def assert_expected(match, expect):
@@ -83,6 +83,22 @@ def test_match_with_symbolic_tokens(spelling: Spelling):
     more = torch.cat((x, x.flip(-2)), dim=-2)
     for tokens in (x, more):
         assert_same(gm(*arguments[:-1], tokens), module(tokens))
+
+
+COMPOSITE = ("linear_at_operator", "input_3d_linear", "input_3d_bmm", "bmm_chain", "gated_linear")
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_match_in_an_exported_program(name):
+    """``torch.export`` keeps linear, matmul and the transposes whole."""
+    (spelling,) = (s for s in MATCHES if s.name == name)
+    module, x = spelling.build()
+    program = torch.export.export(module, (x,))
+    (match,) = rewrite(program.graph, verify=True)
+    assert isinstance(match, BlockFFNMatch), match
+    assert_expected(match, spelling.expect)
+    program.graph_module.recompile()
+    assert_same(program.module()(x), module(x))
 
 
 @tables
