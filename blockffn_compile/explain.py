@@ -107,7 +107,7 @@ def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
     # Dynamo's own entry point for tracers: unlike torch.compile it adds nothing to the function's
     # compiled code.  Still it remembers shapes, to make those dynamic that change, and puts
-    # helpers among the globals of the function.
+    # names among the globals of the function.
     names = get_traced_fn(model)[0].__globals__
     known = set(names)
     with (
