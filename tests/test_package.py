@@ -120,7 +120,9 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, arguments, reason) -> Non
     make = shutil.which("make")
     assert make
     arguments = [argument.format(tools=tmp_path / "tools") for argument in arguments]
-    result = run(make, "--no-print-directory", "-C", tmp_path, *arguments)
+    # Not a sub-make of the `make test` that may run this: its messages have another prefix.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    result = run(make, "--no-print-directory", "-C", tmp_path, *arguments, env=environment)
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if not line.startswith("make: ***")]
     assert len(errors) == 1
