@@ -55,17 +55,17 @@ class CpuKernel:
     """The TIR kernel of one problem, compiled for this CPU."""
 
     def __init__(self, problem: Problem) -> None:
-        from blockffn_compile.schedules.tir import build, cpu
+        from blockffn_compile.schedules.tir import build, cpu, tile
 
         host = _host()
         assert host is not None
         target, widest, tokens = host
-        self.tiling = cpu.Tiling(
+        self.tiling = tile.Tiling(
             panel_width(problem.expert_size, widest),
             panel_width(problem.hidden_size, widest),
             tokens,
         )
-        self.chunk = cpu.MAX_TOKENS
+        self.chunk = tile.MAX_TOKENS
         self.sizes = {
             "e": problem.num_experts,
             "h": problem.hidden_size,

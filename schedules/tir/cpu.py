@@ -12,195 +12,30 @@ The sum of one output is formed in fp32 in one fixed order, whatever the other t
 multiply-adds over blocks of k, blocks in ascending order, experts in ascending order.  Rows are
 bit-identical alone or in a chunk.
 
-Weights are panels [E, N/P, K, P] (see ``schedules/packing.py``).  The IR is built with the
-builder rather than TVMScript because the register tile is unrolled at build time; vectors are
-explicit, 16 lanes wide, and LLVM splits them to what the target has.
+Weights are panels [E, N/P, K, P] (see ``schedules/packing.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-LANES = 16
-MAX_TOKENS = 64
-#: Terms summed before they join the total: rounding grows with BLOCK + depth / BLOCK, not depth.
-BLOCK = 32
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the kernel uses registers.
-
-    Attributes:
-        up_panel: P of the up (and gate) panels, a multiple of 16.
-        down_panel: P of the down panels, a multiple of 16.
-        tokens: most tokens in one register tile.
-    """
-
-    up_panel: int
-    down_panel: int
-    tokens: int
-
-
-def _broadcast(value: Any) -> Any:
-    return T.broadcast(value, LANES)
-
-
-def _f32(value: float) -> Any:
-    return _broadcast(T.float32(value))
-
-
-def _widen(value: Any, dtype: str, lanes: int = LANES) -> Any:
-    """``dtype`` to float32, exact.  A vector cast from bfloat16 is miscompiled, shifts are not."""
-    suffix = f"x{lanes}" if lanes > 1 else ""
-    if dtype != "bfloat16":
-        return T.cast(value, f"float32{suffix}")
-    bits = T.cast(T.reinterpret(f"uint16{suffix}", value), f"uint32{suffix}")
-    shift = T.uint32(16) if lanes == 1 else _broadcast(T.uint32(16))
-    return T.reinterpret(f"float32{suffix}", bits << shift)
-
-
-def _narrow(value: Any, dtype: str, lanes: int = LANES) -> Any:
-    """float32 to ``dtype``, round to nearest even, NaN stays NaN."""
-    suffix = f"x{lanes}" if lanes > 1 else ""
-    if dtype != "bfloat16":
-        return T.cast(value, f"{dtype}{suffix}")
-
-    def constant(bits: int) -> Any:
-        return T.uint32(bits) if lanes == 1 else _broadcast(T.uint32(bits))
-
-    value = T.bind(value)
-    bits = T.bind(T.reinterpret(f"uint32{suffix}", value))
-    odd = (bits >> constant(16)) & constant(1)
-    rounded = (bits + constant(0x7FFF) + odd) >> constant(16)
-    is_nan = (bits & constant(0x7FFFFFFF)) > constant(0x7F800000)
-    bits = T.Select(is_nan, constant(0x7FC0), rounded)
-    return T.reinterpret(f"bfloat16{suffix}", T.cast(bits, f"uint16{suffix}"))
-
-
-def _exp(value: Any) -> Any:
-    """exp of a vector, under 2 ulp; Cephes' expf (Moshier, 1989) with fused multiply-adds.
-
-    Arguments above 88.7 give Inf, below -87.3 zero.  NaN does not survive the clamp.
-    """
-    value = T.bind(T.min(T.max(value, _f32(-104.0)), _f32(88.9)))
-    n = T.bind(T.nearbyint(value * _f32(1.44269504)))
-    r = T.bind(T.fma(n, _f32(-0.693359375), value))
-    r = T.bind(T.fma(n, _f32(2.12194440e-4), r))
-    p: Any = _f32(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = T.bind(T.fma(p, r, _f32(c)))
-    p = T.bind(T.fma(p, r * r, r + _f32(1.0)))
-    exponent = T.cast(n, f"int32x{LANES}") + _broadcast(T.int32(127))
-    exponent = T.max(exponent, _broadcast(T.int32(0)))
-    return p * T.reinterpret(f"float32x{LANES}", exponent << _broadcast(T.int32(23)))
-
-
-def _silu(value: Any) -> Any:
-    return value / (_f32(1.0) + _exp(_f32(0.0) - value))
-
-
-def _relu(value: Any) -> Any:
-    return T.Select(value < _f32(0.0), _f32(0.0), value)
-
-
-def _gelu(value: Any) -> Any:
-    """Exact GELU; erf by Eigen's rational approximation, about 3 ulp."""
-    x = T.bind(T.min(T.max(value * _f32(0.7071067811865476), _f32(-4.0)), _f32(4.0)))
-    x2 = T.bind(x * x)
-    p: Any = _f32(-2.72614225801306e-10)
-    for c in (2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-              -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02):  # fmt: skip
-        p = T.bind(T.fma(p, x2, _f32(c)))
-    q: Any = _f32(-1.45660718464996e-05)
-    for c in (-2.13374055278905e-04, -1.68282697438203e-03,
-              -7.37332916720468e-03, -1.42647390514189e-02):  # fmt: skip
-        q = T.bind(T.fma(q, x2, _f32(c)))
-    return _f32(0.5) * value * (_f32(1.0) + x * p / q)
-
-
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"silu": _silu, "relu": _relu, "gelu": _gelu}
-
-
-def _at(column: Any) -> Any:
-    """Index of the 16 lanes that start at ``column``."""
-    return T.ramp(column, 1, LANES)
-
-
-def _tile(
-    count: int,
-    weight: Callable[[Any, int], Any],
-    depth: int,
-    panel: int,
-    source: Callable[[int, Any], Any],
-    rows: Sequence[tuple[Any, Any]],
-    column: Any,
-    accumulate: bool,
-) -> None:
-    """``rows[i][column:column+panel] (+)= sum_k source(i, k) * weight(k, :)`` for one token tile.
-
-    Args:
-        count: tokens, unrolled.
-        weight: (k, first lane) to a float32 vector.
-        depth: length of the sum.
-        panel: lanes of the panel.
-        source: (token of the tile, k) to a float32 scalar.
-        rows: (buffer, row) that receives each token's sums.
-        column: first output column.
-        accumulate: start from the stored sums instead of zero.
-    """
-    vectors = range(0, panel, LANES)
-    # One small buffer a token: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
-    sums = [T.alloc_buffer((panel,), "float32") for _ in range(count)]
-
-    def every_vector(body: Callable[[Any, Any, Any, int], None]) -> None:
-        for (buffer, row), total in zip(rows, sums, strict=True):
-            for v in vectors:
-                body(total, buffer, row, v)
-
-    if not accumulate:
-        every_vector(
-            lambda s, buffer, row, v: T.buffer_store(buffer, _f32(0), [row, _at(column + v)])
-        )
-    with T.serial(-(-depth // BLOCK)) as block:
-        every_vector(lambda s, buffer, row, v: T.buffer_store(s, _f32(0), [_at(v)]))
-        with T.serial(T.min(BLOCK, depth - block * BLOCK) if depth % BLOCK else BLOCK) as step:
-            k = T.bind(block * BLOCK + step)
-            loaded = [T.bind(weight(k, v)) for v in vectors]
-            for i in range(count):
-                scalar = _broadcast(source(i, k))
-                for v, vector in zip(vectors, loaded, strict=True):
-                    T.buffer_store(sums[i], T.fma(scalar, vector, sums[i][_at(v)]), [_at(v)])
-        every_vector(
-            lambda s, buffer, row, v: T.buffer_store(
-                buffer, buffer[row, _at(column + v)] + s[_at(v)], [row, _at(column + v)]
-            )
-        )
-
-
-def _for_tiles(first: Any, last: Any, most: int, body: Callable[[int, Any], None]) -> None:
-    """Splits pairs first..last into even tiles and calls ``body(static count, begin)``."""
-    total = T.bind(last - first)
-    tiles = T.bind((total + (most - 1)) // most)
-    with T.serial(tiles) as j:
-        begin = T.bind(first + total * j // tiles)
-        count = T.bind(first + total * (j + 1) // tiles - begin)
-
-        def choose(size: int) -> None:
-            with T.If(count == size):
-                with T.Then():
-                    body(size, begin)
-                if size < most:
-                    with T.Else():
-                        choose(size + 1)
-
-        choose(1)
+from blockffn_compile.schedules.tir.tile import (
+    ACTIVATIONS,
+    LANES,
+    MAX_TOKENS,
+    Tiling,
+    add_products,
+    at,
+    broadcast,
+    for_tiles,
+    store_row,
+    widen,
+    widen_row,
+)
 
 
 def chunk_sparse_ffn(
@@ -229,7 +64,6 @@ def chunk_sparse_ffn(
     """
     up_p, down_p = tiling.up_panel, tiling.down_panel
     up_panels, down_panels = -(-size // up_p), -(-hidden // down_p)
-    whole = hidden // LANES * LANES
     # 64 bytes more per row: rows a power of two apart would share one set of the L1 cache.
     pad = LANES
 
@@ -265,7 +99,7 @@ def chunk_sparse_ffn(
         with T.serial(experts) as e:
             T.buffer_store(offset, counts[1], [counts[0]])
             with T.serial(n) as t:
-                score = T.bind(_widen(scores[t, e], dtype, 1))
+                score = T.bind(widen(scores[t, e], dtype, 1))
                 magnitude = T.reinterpret("uint32", score) & T.uint32(0x7FFFFFFF)
                 with T.If(magnitude != T.uint32(0)), T.Then():
                     T.buffer_store(pair_token, t, [counts[1]])
@@ -278,10 +112,7 @@ def chunk_sparse_ffn(
         T.buffer_store(offset, counts[1], [counts[0]])
 
         with T.serial(n) as t:
-            with T.serial(whole // LANES) as v:
-                T.buffer_store(x32, _widen(x[t, _at(v * LANES)], dtype), [t, _at(v * LANES)])
-            with T.serial(hidden - whole) as h:
-                T.buffer_store(x32, _widen(x[t, whole + h], dtype, 1), [t, whole + h])
+            widen_row(x, x32, t)
             # A token without experts still carries its NaN: 0 * sum(x) is NaN or zero.  A product
             # with zero would be simplified away, a fused one is not.
             poison = T.alloc_buffer((1,), "float32")
@@ -289,7 +120,7 @@ def chunk_sparse_ffn(
             with T.If(used[t] == 0), T.Then(), T.serial(hidden) as h:
                 T.buffer_store(poison, T.fma(x32[t, h], T.float32(0), poison[0]), [0])
             with T.serial(down_panels * down_p // LANES) as v:
-                T.buffer_store(y32, _broadcast(poison[0]), [t, _at(v * LANES)])
+                T.buffer_store(y32, broadcast(poison[0]), [t, at(v * LANES)])
 
         with T.parallel(counts[0] * up_panels) as unit:
             index, panel = T.bind(unit // up_panels), T.bind(unit % up_panels)
@@ -301,27 +132,26 @@ def chunk_sparse_ffn(
                     count: int, begin: Any, weights: Any = weights, out: Any = result
                 ) -> None:
                     tokens = [T.bind(pair_token[begin + i]) for i in range(count)]
-                    _tile(
+                    add_products(
                         count,
-                        lambda k, v: _widen(weights[expert, panel, k, _at(v)], dtype),
-                        hidden,
-                        up_p,
+                        weights,
+                        expert,
+                        panel,
                         lambda i, k: x32[tokens[i], k],
                         [(out, begin + i) for i in range(count)],
-                        panel * up_p,
                         accumulate=False,
                     )
 
-                _for_tiles(first, last, tiling.tokens, up_tile)
+                for_tiles(first, last, tiling.tokens, up_tile)
             with T.serial(last - first) as i, T.serial(up_p // LANES) as v:
                 pair = T.bind(first + i)
                 column = T.bind(panel * up_p + v * LANES)
-                value = T.bind(mid[pair, _at(column)])
+                value = T.bind(mid[pair, at(column)])
                 if gated:
-                    value = value * ACTIVATIONS[act](T.bind(gates[pair, _at(column)]))
+                    value = value * ACTIVATIONS[act](T.bind(gates[pair, at(column)]))
                 else:
                     value = ACTIVATIONS[act](value)
-                T.buffer_store(mid, value * _broadcast(pair_score[pair]), [pair, _at(column)])
+                T.buffer_store(mid, value * broadcast(pair_score[pair]), [pair, at(column)])
 
         with T.parallel(down_panels) as panel:
             with T.serial(counts[0]) as index:
@@ -329,26 +159,19 @@ def chunk_sparse_ffn(
 
                 def down_tile(count: int, begin: Any) -> None:
                     tokens = [T.bind(pair_token[begin + i]) for i in range(count)]
-                    _tile(
+                    add_products(
                         count,
-                        lambda k, v: _widen(down[expert, panel, k, _at(v)], dtype),
-                        size,
-                        down_p,
+                        down,
+                        expert,
+                        panel,
                         lambda i, k: mid[begin + i, k],
                         [(y32, tokens[i]) for i in range(count)],
-                        panel * down_p,
                         accumulate=True,
                     )
 
-                _for_tiles(
+                for_tiles(
                     T.bind(offset[index]), T.bind(offset[index + 1]), tiling.tokens, down_tile
                 )
             with T.serial(n) as t, T.serial(down_p // LANES) as v:
-                column = T.bind(panel * down_p + v * LANES)
-                with T.If(column + LANES <= hidden):
-                    with T.Then():
-                        T.buffer_store(y, _narrow(y32[t, _at(column)], dtype), [t, _at(column)])
-                    with T.Else(), T.serial(hidden - column) as i:
-                        j = T.bind(column + i)
-                        T.buffer_store(y, _narrow(y32[t, j], dtype, 1), [t, j])
+                store_row(y32, y, t, T.bind(panel * down_p + v * LANES))
     return builder.get()

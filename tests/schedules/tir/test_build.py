@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from blockffn_compile.schedules.tir import build
-from blockffn_compile.schedules.tir.cpu import Tiling, chunk_sparse_ffn
+from blockffn_compile.schedules.tir.cpu import chunk_sparse_ffn
+from blockffn_compile.schedules.tir.tile import Tiling
 
 
 @pytest.fixture

@@ -1,0 +1,222 @@
+"""Building blocks of the CPU kernels: vectors of 16 lanes, and products with panels.
+
+The IR is built with the builder rather than TVMScript because register tiles are unrolled at build
+time; vectors are explicit, and LLVM splits them to what the target has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import DataType, tirx
+from tvm.tirx.script.builder import ir as T
+
+LANES = 16
+MAX_TOKENS = 64
+#: Terms summed before they join the total: rounding grows with BLOCK + depth / BLOCK, not depth.
+BLOCK = 32
+#: How far ahead of its use a weight is fetched: hardware stops at the end of each 4 kB page.
+PREFETCH_BYTES = 6144
+CACHE_LINE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel uses registers.
+
+    Attributes:
+        up_panel: P of the up (and gate) panels, a multiple of 16.
+        down_panel: P of the down panels, a multiple of 16.
+        tokens: most tokens in one register tile.
+    """
+
+    up_panel: int
+    down_panel: int
+    tokens: int
+
+
+def broadcast(value: Any) -> Any:
+    return T.broadcast(value, LANES)
+
+
+def f32(value: float) -> Any:
+    return broadcast(T.float32(value))
+
+
+def widen(value: Any, dtype: str, lanes: int = LANES) -> Any:
+    """``dtype`` to float32, exact.  A vector cast from bfloat16 is miscompiled, shifts are not."""
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    if dtype != "bfloat16":
+        return T.cast(value, f"float32{suffix}")
+    bits = T.cast(T.reinterpret(f"uint16{suffix}", value), f"uint32{suffix}")
+    shift = T.uint32(16) if lanes == 1 else broadcast(T.uint32(16))
+    return T.reinterpret(f"float32{suffix}", bits << shift)
+
+
+def narrow(value: Any, dtype: str, lanes: int = LANES) -> Any:
+    """float32 to ``dtype``, round to nearest even, NaN stays NaN."""
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    if dtype != "bfloat16":
+        return T.cast(value, f"{dtype}{suffix}")
+
+    def constant(bits: int) -> Any:
+        return T.uint32(bits) if lanes == 1 else broadcast(T.uint32(bits))
+
+    value = T.bind(value)
+    bits = T.bind(T.reinterpret(f"uint32{suffix}", value))
+    odd = (bits >> constant(16)) & constant(1)
+    rounded = (bits + constant(0x7FFF) + odd) >> constant(16)
+    is_nan = (bits & constant(0x7FFFFFFF)) > constant(0x7F800000)
+    bits = T.Select(is_nan, constant(0x7FC0), rounded)
+    return T.reinterpret(f"bfloat16{suffix}", T.cast(bits, f"uint16{suffix}"))
+
+
+def exp(value: Any) -> Any:
+    """exp of a vector, under 2 ulp; Cephes' expf (Moshier, 1989) with fused multiply-adds.
+
+    Arguments above 88.7 give Inf, below -87.3 zero.  NaN does not survive the clamp.
+    """
+    value = T.bind(T.min(T.max(value, f32(-104.0)), f32(88.9)))
+    n = T.bind(T.nearbyint(value * f32(1.44269504)))
+    r = T.bind(T.fma(n, f32(-0.693359375), value))
+    r = T.bind(T.fma(n, f32(2.12194440e-4), r))
+    p: Any = f32(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = T.bind(T.fma(p, r, f32(c)))
+    p = T.bind(T.fma(p, r * r, r + f32(1.0)))
+    exponent = T.cast(n, f"int32x{LANES}") + broadcast(T.int32(127))
+    exponent = T.max(exponent, broadcast(T.int32(0)))
+    return p * T.reinterpret(f"float32x{LANES}", exponent << broadcast(T.int32(23)))
+
+
+def _silu(value: Any) -> Any:
+    return value / (f32(1.0) + exp(f32(0.0) - value))
+
+
+def _relu(value: Any) -> Any:
+    return T.Select(value < f32(0.0), f32(0.0), value)
+
+
+def _gelu(value: Any) -> Any:
+    """Exact GELU; erf by Eigen's rational approximation, about 3 ulp."""
+    x = T.bind(T.min(T.max(value * f32(0.7071067811865476), f32(-4.0)), f32(4.0)))
+    x2 = T.bind(x * x)
+    p: Any = f32(-2.72614225801306e-10)
+    for c in (2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
+              -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02):  # fmt: skip
+        p = T.bind(T.fma(p, x2, f32(c)))
+    q: Any = f32(-1.45660718464996e-05)
+    for c in (-2.13374055278905e-04, -1.68282697438203e-03,
+              -7.37332916720468e-03, -1.42647390514189e-02):  # fmt: skip
+        q = T.bind(T.fma(q, x2, f32(c)))
+    return f32(0.5) * value * (f32(1.0) + x * p / q)
+
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {"silu": _silu, "relu": _relu, "gelu": _gelu}
+
+
+def at(column: Any) -> Any:
+    """Index of the 16 lanes that start at ``column``."""
+    return T.ramp(column, 1, LANES)
+
+
+def _prefetch(weights: Any, expert: Any, panel: Any, k: Any, itemsize: int) -> None:
+    """Fetches what lies ``PREFETCH_BYTES`` after row ``k`` of a panel into the L2 cache."""
+    width = int(weights.shape[-1])
+    rows = PREFETCH_BYTES // (width * itemsize)
+    for lane in range(0, width, CACHE_LINE_BYTES // itemsize):
+        address = T.address_of(weights[expert, panel, k + rows, lane])
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+
+
+def add_products(
+    count: int,
+    weights: Any,
+    expert: Any,
+    panel: Any,
+    source: Callable[[int, Any], Any],
+    rows: Sequence[tuple[Any, Any]],
+    accumulate: bool,
+) -> None:
+    """``rows[i][panel] (+)= sum_k source(i, k) * weights[expert, panel, k]`` for one token tile.
+
+    Args:
+        count: tokens, unrolled.
+        weights: panels [E, N/P, K, P] of ``dtype``.
+        expert: first index.
+        panel: second index.
+        source: (token of the tile, k) to a float32 scalar.
+        rows: (buffer, row) that receives each token's sums.
+        accumulate: start from the stored sums instead of zero.
+    """
+    depth, width, dtype = int(weights.shape[2]), int(weights.shape[3]), str(weights.dtype)
+    vectors, column = range(0, width, LANES), panel * width
+    # One small buffer a token: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
+    sums = [T.alloc_buffer((width,), "float32") for _ in range(count)]
+
+    def every_vector(body: Callable[[Any, Any, Any, int], None]) -> None:
+        for (buffer, row), total in zip(rows, sums, strict=True):
+            for v in vectors:
+                body(total, buffer, row, v)
+
+    if not accumulate:
+        every_vector(
+            lambda s, buffer, row, v: T.buffer_store(buffer, f32(0), [row, at(column + v)])
+        )
+    with T.serial(-(-depth // BLOCK)) as block:
+        every_vector(lambda s, buffer, row, v: T.buffer_store(s, f32(0), [at(v)]))
+        with T.serial(T.min(BLOCK, depth - block * BLOCK) if depth % BLOCK else BLOCK) as step:
+            k = T.bind(block * BLOCK + step)
+            _prefetch(weights, expert, panel, k, DataType(dtype).itemsize)
+            loaded = [T.bind(widen(weights[expert, panel, k, at(v)], dtype)) for v in vectors]
+            for i in range(count):
+                scalar = broadcast(source(i, k))
+                for v, vector in zip(vectors, loaded, strict=True):
+                    T.buffer_store(sums[i], T.fma(scalar, vector, sums[i][at(v)]), [at(v)])
+        every_vector(
+            lambda s, buffer, row, v: T.buffer_store(
+                buffer, buffer[row, at(column + v)] + s[at(v)], [row, at(column + v)]
+            )
+        )
+
+
+def for_tiles(first: Any, last: Any, most: int, body: Callable[[int, Any], None]) -> None:
+    """Splits pairs first..last into even tiles and calls ``body(static count, begin)``."""
+    total = T.bind(last - first)
+    tiles = T.bind((total + (most - 1)) // most)
+    with T.serial(tiles) as j:
+        begin = T.bind(first + total * j // tiles)
+        count = T.bind(first + total * (j + 1) // tiles - begin)
+
+        def choose(size: int) -> None:
+            with T.If(count == size):
+                with T.Then():
+                    body(size, begin)
+                if size < most:
+                    with T.Else():
+                        choose(size + 1)
+
+        choose(1)
+
+
+def widen_row(source: Any, target: Any, row: Any) -> None:
+    """``target[row, :width] = source[row]`` in float32, for a source of the given width."""
+    width, dtype = int(source.shape[1]), str(source.dtype)
+    whole = width // LANES * LANES
+    with T.serial(whole // LANES) as v:
+        T.buffer_store(target, widen(source[row, at(v * LANES)], dtype), [row, at(v * LANES)])
+    with T.serial(width - whole) as k:
+        T.buffer_store(target, widen(source[row, whole + k], dtype, 1), [row, whole + k])
+
+
+def store_row(source: Any, target: Any, row: Any, column: Any) -> None:
+    """Rounds 16 float32 values from ``column`` into ``target``, or as many as it still has."""
+    width, dtype = int(target.shape[1]), str(target.dtype)
+    with T.If(column + LANES <= width):
+        with T.Then():
+            T.buffer_store(target, narrow(source[row, at(column)], dtype), [row, at(column)])
+        with T.Else(), T.serial(width - column) as i:
+            j = T.bind(column + i)
+            T.buffer_store(target, narrow(source[row, j], dtype, 1), [row, j])
