@@ -2,7 +2,7 @@
 
 import typer
 
-from blockffn_compile.cli import demo, explain, generate, sparsity, train
+from blockffn_compile.cli import demo, explain, generate, sparsity, train, train_drafter
 
 app = typer.Typer(
     name="blockffn",
@@ -17,6 +17,7 @@ app.command()(generate.generate)
 app.command()(explain.explain)
 app.command()(sparsity.sparsity)
 app.command()(train.train)
+app.command()(train_drafter.train_drafter)
 
 
 def main() -> None:

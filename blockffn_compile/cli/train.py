@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from blockffn_compile.cli.common import fail, reporting
+from blockffn_compile.cli.progress import run_to_end
 from blockffn_compile.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from blockffn_compile.training.trainer import Trainer
 
 
 def train(
@@ -97,58 +91,10 @@ def train(
         )
     if context > model_config.max_position_embeddings:
         fail(f"--context {context} exceeds the model's {model_config.max_position_embeddings}")
-    _run(trainer)
-
-
-def _run(trainer: Trainer) -> None:
-    """Trains under a progress bar, and stops between two steps when asked to."""
-    from rich import progress as bar
-    from rich.console import Console
-
-    columns = [
-        bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TimeElapsedColumn(),
-        bar.TextColumn("eta"),
-        bar.TimeRemainingColumn(elapsed_when_finished=False),
-        bar.TextColumn("{task.fields[losses]}"),
-    ]
-    console = Console()
-    if trainer.step:
-        console.print(f"resuming {trainer.out} at step {trainer.step}")
-    with bar.Progress(*columns, console=console, speed_estimate_period=300) as progress:
-        try:
-            result = trainer.run(_reporter(trainer, progress))
-        except KeyboardInterrupt:
-            trainer.save()
-            console.print(f"saved at step {trainer.step}; the same command goes on from there")
-            raise typer.Exit(130) from None
-    console.print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    console.print(f"model written to {trainer.out}")
-
-
-def _reporter(trainer: Trainer, progress: Progress) -> Callable[[int, dict[str, float]], None]:
-    task = progress.add_task(
-        "", total=trainer.config.steps, completed=trainer.step, losses="compiling"
-    )
-    interrupted = False
-
-    # A signal may come in the middle of a step, whose state must not be saved: note it only.
-    def note(*_: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        progress.update(task, losses="stopping after this step")
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-
-    def report(step: int, losses: dict[str, float]) -> None:
-        text = (
+    run_to_end(
+        trainer,
+        lambda losses: (
             f"loss {losses['lm']:.3f}  locality {losses['al']:.2f}  chunk {losses['cs']:.3f}  "
-            f"lambda {trainer.factor.value:.3g}"
-        )
-        progress.update(task, completed=step, losses=text)
-        if interrupted:
-            raise KeyboardInterrupt
-
-    return report
+            f"lambda {losses['lambda_cs']:.3g}"
+        ),
+    )

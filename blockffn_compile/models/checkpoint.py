@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,11 +84,7 @@ def load_model(
             if name in state:
                 raise CheckpointError(f"{file}: tensor {name} is stored twice")
             state[name] = tensor
-    missing = sorted(expected.keys() - state.keys())
-    if missing:
-        shape = list(expected[missing[0]].shape)
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{path}: missing tensor {missing[0]} {shape}{more}")
+    check_complete(path, expected, state)
     # One dtype for all: released checkpoints may keep, say, the norms wider than the rest.
     dtype = dtype or state["model.embed_tokens.weight"].dtype
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
@@ -97,6 +94,26 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval().requires_grad_(False)
+
+
+def check_complete(path: Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raises CheckpointError, naming the first of ``expected`` that ``state`` lacks."""
+    missing = sorted(expected.keys() - state.keys())
+    if missing:
+        shape = list(expected[missing[0]].shape)
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{path}: missing tensor {missing[0]} {shape}{more}")
+
+
+def check_shape(file: Path, name: str, shape: list[int], expected: Tensor | None) -> None:
+    """Raises CheckpointError where a stored tensor is not ``expected`` (None) or not so shaped."""
+    if expected is None:
+        raise CheckpointError(f"{file}: unexpected tensor {name} {shape}")
+    wanted = list(expected.shape)
+    if shape != wanted:
+        raise CheckpointError(
+            f"{file}: tensor {name} has shape {shape}, the config asks for {wanted}"
+        )
 
 
 def _read_shard(
@@ -120,14 +137,7 @@ def _read_shard(
                 target = _canonical(name, expected)
                 if target in ignored or target.endswith("rotary_emb.inv_freq"):
                     continue
-                shape = shard.get_slice(name).get_shape()
-                if target not in expected:
-                    raise CheckpointError(f"{file}: unexpected tensor {name} {shape}")
-                wanted = list(expected[target].shape)
-                if shape != wanted:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} has shape {shape}, the config asks for {wanted}"
-                    )
+                check_shape(file, name, shard.get_slice(name).get_shape(), expected.get(target))
                 if target in state:
                     raise CheckpointError(f"{file}: tensor {target} is stored twice")
                 tensor = shard.get_tensor(name)
@@ -149,14 +159,28 @@ def save_model(
     Args:
         dtype: of the stored tensors; default: as they are.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}
+    write_checkpoint(path, model.config.to_dict(), state, dtype)
+
+
+def write_checkpoint(
+    path: str | Path, fields: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Writes ``fields`` as ``config.json`` and ``state`` as ``model.safetensors``.
+
+    Args:
+        dtype: of the stored floating-point tensors; default: as they are.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in state.items()
+    }
     # Renamed into place: an interrupted save leaves the previous weights whole.
     temporary = path / f".{SINGLE}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path / SINGLE)
-    (path / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

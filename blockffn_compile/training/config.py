@@ -39,20 +39,16 @@ class AdaptiveFactor:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run.
+class RunConfig:
+    """What every training run sets.
 
     Attributes:
         steps: optimiser steps.
         batch: sequences per step.
-        context: tokens per sequence, a multiple of ``chunk``.
+        context: tokens per sequence.
         learning_rate: peak of AdamW's rate; linear warm-up over 5 % of the steps, then linear
             decay to zero.
         weight_decay: AdamW's, on matrices only.
-        lambda_al: factor of the activation locality loss.
-        lambda_cs: first value of the chunk sparsification factor. Its scheduler is constant
-            for the first 10 % of the steps and adjusts every 2 %.
-        chunk: tokens per chunk of the chunk sparsification loss.
         seed: of initialisation and data order.
         save_every: steps between checkpoints.
     """
@@ -62,15 +58,8 @@ class TrainConfig:
     context: int = 512
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
-    lambda_al: float = 2e-3
-    lambda_cs: float = 5e-2
-    chunk: int = 64
     seed: int = 0
     save_every: int = 100
-
-    def __post_init__(self) -> None:
-        if self.context % self.chunk:
-            raise ValueError(f"context {self.context} is not a multiple of chunk {self.chunk}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -79,6 +68,50 @@ class TrainConfig:
         fall = (self.steps - step) / max(1, self.steps - warmup)
         return self.learning_rate * min(1.0, rise, fall)
 
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Training of a language model; ``context`` is a multiple of ``chunk``.
+
+    Attributes:
+        lambda_al: factor of the activation locality loss.
+        lambda_cs: first value of the chunk sparsification factor. Its scheduler is constant
+            for the first 10 % of the steps and adjusts every 2 %.
+        chunk: tokens per chunk of the chunk sparsification loss.
+    """
+
+    lambda_al: float = 2e-3
+    lambda_cs: float = 5e-2
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        if self.context % self.chunk:
+            raise ValueError(f"context {self.context} is not a multiple of chunk {self.chunk}")
+
     def factor(self) -> AdaptiveFactor:
         interval = max(1, self.steps // 50)
         return AdaptiveFactor(self.lambda_cs, constant_steps=self.steps // 10, interval=interval)
+
+
+@dataclass(frozen=True)
+class DrafterConfig(RunConfig):
+    """Training of an EAGLE head.
+
+    Attributes:
+        depth: draft steps that are unrolled in training; ``context`` is longer.
+        feature_weight: of the features' smooth L1 loss; the cross-entropy's is 1.
+        coverage: fraction of the text that the reduced vocabulary covers.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 2e-3
+    save_every: int = 40
+    depth: int = 3
+    feature_weight: float = 0.1
+    coverage: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth < self.context:
+            raise ValueError(f"depth {self.depth} is not within 1..context - 1")
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage {self.coverage} is not within 0..1")
