@@ -109,7 +109,9 @@ class EagleHead(nn.Module):
         self.rotary = RotaryEmbedding(config)
         self.register_buffer("token_map", token_map)
 
-    def forward(self, embeddings: Tensor, features: Tensor, positions: Tensor, *attention_args):  # type: ignore[no-untyped-def]
+    def forward(
+        self, embeddings: Tensor, features: Tensor, positions: Tensor, *attention_args: Any
+    ) -> Tensor:
         """Predicted features, of the position after each.
 
         Args:
