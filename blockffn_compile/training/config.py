@@ -103,7 +103,7 @@ class DrafterConfig(RunConfig):
         coverage: fraction of the text that the reduced vocabulary covers.
     """
 
-    steps: int = 1000
+    steps: int = 1500
     learning_rate: float = 2e-3
     save_every: int = 40
     depth: int = 3
