@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from blockffn_compile.speculative.sampling import Sampler
+from blockffn_compile.speculative.sampling import Sampler, best_tokens
 from blockffn_compile.speculative.tree import DraftTree
 
 
@@ -59,9 +59,9 @@ def accept(
         raise ValueError(
             f"{len(tree)} nodes need logits [{len(tree)}, V], got {list(logits.shape)}"
         )
-    best = logits.argmax(-1).tolist() if sampler.is_argmax else None
+    best = best_tokens(logits) if sampler.is_argmax else None
     text = list(history)
-    path, tokens = [0], []
+    path, tokens = [0], list[int]()
     while True:
         node = path[-1]
         if best is None:
