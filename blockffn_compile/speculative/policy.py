@@ -13,9 +13,9 @@ import numpy as np
 
 from blockffn_compile.speculative.tree import MAX_NODES, DraftTree, most_probable
 
-#: What each step keeps of the record of earlier ones: of how much a drafter gained (the last 20
+#: What each step keeps of the record of earlier ones: of how much a drafter gained (the last 10
 #: steps, so that one which starts to lose is dropped soon), and of how often drafts were right.
-KEEP_GAIN, KEEP_HITS = 0.95, 0.98
+KEEP_GAIN, KEEP_HITS = 0.9, 0.98
 
 #: Steps that gained nothing, which every record starts from and falls back to: the burden of proof
 #: is on the drafter.

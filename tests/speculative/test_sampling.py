@@ -42,7 +42,7 @@ def hugging_face(settings: dict, logits: torch.Tensor) -> torch.Tensor:
         made.append(TopPLogitsWarper(settings["top_p"]))
     if "min_p" in settings:
         made.append(MinPLogitsWarper(settings["min_p"]))
-    return made(torch.tensor([HISTORY]), logits[None])[0].softmax(-1)
+    return made(torch.tensor([HISTORY]), logits[None])[0].softmax(-1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

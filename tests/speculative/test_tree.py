@@ -100,7 +100,7 @@ def test_bad_trees_are_refused(tokens, parents, log_probs, reason) -> None:
 
 def test_wrong_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tokens must be int64 \[1\], got int32"):
-        DraftTree(np.zeros(1, np.int32), np.array([-1]), np.zeros(1, np.float32))  # type: ignore[arg-type]
+        DraftTree(np.zeros(1, np.int32), np.array([-1]), np.zeros(1, np.float32))
 
 
 def test_check() -> None:
