@@ -10,7 +10,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 
-import blockffn_compile.ops  # noqa: F401  (registers the operation that compiled code calls)
+import blockffn_compile.lowering
+import blockffn_compile.ops  # noqa: F401  (registers the operation of the rewrite)
 from blockffn_compile.passes.fx import BlockFFNGraphPass
 
 
@@ -32,8 +33,9 @@ def blockffn(
         example_inputs: its inputs, real or fake.
         mode: as for Inductor (``default``, ``max-autotune-no-cudagraphs``, ...).
         options: ``verify`` (bool): run both sides of every rewrite on random inputs and raise if
-            they differ.  ``dump_graph`` (str): directory for every graph before and after.  All
-            others are Inductor's own.
+            they differ.  ``dump_graph`` (str): directory for every graph before and after.
+            ``linears`` (bool): run linear layers of up to 64 tokens on our kernels too; they keep
+            a packed copy of each weight.  All others are Inductor's own.
 
     Returns:
         The compiled graph, a callable.
@@ -43,7 +45,9 @@ def blockffn(
         VerificationError: ``verify`` found a difference.
     """
     options = dict(options or {})
-    own = {name: options.pop(name) for name in ("verify", "dump_graph") if name in options}
+    own = {
+        name: options.pop(name) for name in ("verify", "dump_graph", "linears") if name in options
+    }
     # The object behind backend="inductor": it checks options and knows the modes.
     wrapper: Any = torch._TorchCompileInductorWrapper
     patches = wrapper(mode, options, dynamic=None).config

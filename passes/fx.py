@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from blockffn_compile.passes import linears
 from blockffn_compile.passes.aten import METADATA_ASSERTION, lower, size_token
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
 from blockffn_compile.passes.view import Size, Value, ancestors
@@ -141,12 +142,20 @@ class BlockFFNGraphPass(CustomGraphPass):
         results: of all graphs so far.
     """
 
-    def __init__(self, *, verify: bool = False, dump_graph: str | Path | None = None) -> None:
-        self.verify, self.dump_graph = verify, dump_graph
+    def __init__(
+        self,
+        *,
+        verify: bool = False,
+        dump_graph: str | Path | None = None,
+        linears: bool = False,
+    ) -> None:
+        self.verify, self.dump_graph, self.linears = verify, dump_graph, linears
         self.results: list[Result] = []
 
     def __call__(self, graph: fx.Graph) -> None:
         self.results += rewrite(graph, verify=self.verify, dump_graph=self.dump_graph)
+        if self.linears and not any(map(_is_tangent, graph.nodes)):
+            linears.rewrite(graph)
 
     def uuid(self) -> bytes | None:
         """Identity in Inductor's caches.
@@ -154,14 +163,17 @@ class BlockFFNGraphPass(CustomGraphPass):
         None, which turns them off, when verification or a dump is asked for: both must happen,
         and a cached graph runs no pass.
         """
-        return None if self.verify or self.dump_graph is not None else _sources_hash()
+        if self.verify or self.dump_graph is not None:
+            return None
+        return _sources_hash() + bytes([self.linears])
 
 
 @cache
 def _sources_hash() -> bytes:
     """Hash of all that decides what the rewrite finds and emits."""
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), here.parent / "layer.py", here.parent / "ops.py"]
+    names = ("layer.py", "ops.py", "step_ops.py", "lowering.py")
+    sources = [*sorted(here.glob("*.py")), *(here.parent / name for name in names)]
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())

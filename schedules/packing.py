@@ -7,11 +7,12 @@ and gate weights N = S and K = H; for the down weight N = H and K = S.
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def unfold(weight: Tensor, axes: str, sizes: dict[str, int], order: str) -> Tensor:
@@ -53,10 +54,16 @@ def to_panels(weight: Tensor, panel: int) -> Tensor:
 
 
 class PackCache:
-    """Panels by weight tensor: held weakly, and repacked when the weight was written to."""
+    """Panels by weight tensor: held weakly, and repacked when the weight was written to.
+
+    In-place writes are seen through the tensor's version counter.  Inference tensors have none;
+    they count as constant.
+    """
 
     def __init__(self) -> None:
-        self._packed = WeakTensorKeyDictionary()
+        # Looked up for every call of a kernel: a plain dict by id is four times as fast as
+        # PyTorch's weak dictionary.
+        self._packed: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -64,19 +71,40 @@ class PackCache:
     def get(
         self, weight: Tensor, axes: str, sizes: dict[str, int], order: str, panel: int
     ) -> Tensor:
-        """Panels of ``weight``, see :func:`unfold` and :func:`to_panels`.
+        """Panels of ``weight``, see :func:`unfold` and :func:`to_panels`."""
+        key = (_state(weight), axes, order, panel)
+        packed = self._packed.get(id(weight))
+        if packed is not None and packed[0]() is weight and packed[1] == key:
+            return packed[2]
+        with torch.no_grad():
+            panels = to_panels(unfold(weight.detach(), axes, sizes, order), panel)
+        return self._keep(weight, key, panels)
 
-        In-place writes are seen through the tensor's version counter.  Inference tensors have
-        none; they count as constant.
-        """
-        key = (0 if weight.is_inference() else weight._version, axes, order, panel)
-        entry = self._packed.get(weight)
-        if entry is None or entry[0] != key or entry[1] != weight.data_ptr():
-            with torch.no_grad():
-                panels = to_panels(unfold(weight.detach(), axes, sizes, order), panel)
-            entry = (key, weight.data_ptr(), panels)
-            self._packed[weight] = entry
-        return entry[2]
+    def rows(self, weights: Sequence[Tensor], panel: int) -> Tensor:
+        """Panels [1, N/P, K, P] of matrices [Ni, K] below each other, kept with the first."""
+        key = (*map(_state, weights), panel)
+        packed = self._packed.get(id(weights[0]))
+        if packed is not None and packed[0]() is weights[0] and packed[1] == key:
+            return packed[2]
+        with torch.no_grad():
+            panels = to_panels(torch.cat([w.detach() for w in weights])[None], panel)
+        return self._keep(weights[0], key, panels)
+
+    def _keep(self, weight: Tensor, key: tuple[object, ...], panels: Tensor) -> Tensor:
+        name = id(weight)
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            # The id may belong to another tensor by now.
+            if name in self._packed and self._packed[name][0] is gone:
+                del self._packed[name]
+
+        self._packed[name] = (weakref.ref(weight, forget), key, panels)
+        return panels
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written to or gets other memory."""
+    return (0 if weight.is_inference() else weight._version, weight.data_ptr())
 
 
 PANELS = PackCache()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+import blockffn_compile.step_ops  # noqa: F401  (registers the attention of a step)
 from blockffn_compile.models.config import BlockFFNConfig
 
 
@@ -58,3 +61,50 @@ class StaticCache:
         keys.index_copy_(2, positions, key)
         values.index_copy_(2, positions, value)
         return keys, values
+
+    def sequence(self, row: int) -> StaticCache:
+        """The cache of one sequence, in the same memory."""
+        view = StaticCache.__new__(StaticCache)
+        view.max_len = self.max_len
+        view.keys = [k[row : row + 1] for k in self.keys]
+        view.values = [v[row : row + 1] for v in self.values]
+        return view
+
+
+class TreeStep(NamedTuple):
+    """Where the tokens of one step stand: nodes of trees, over one or several sequences.
+
+    Stands in for the cache of a forward pass.
+
+    Attributes:
+        cache: of all sequences.
+        rows: [T] int64, the sequence of each token.
+        context: [T] int64, how many slots of the sequence lie before the tree.
+        slots: [T] int64, where the token's key and value go: a node's index behind the context.
+        ancestors: [T] int64 bit mask, bit j for node j; the token itself included.
+    """
+
+    cache: StaticCache
+    rows: Tensor
+    context: Tensor
+    slots: Tensor
+    ancestors: Tensor
+
+    def attend(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Stores keys and values [1, G, T, dim] and attends with q [1, Q, T, D].
+
+        Returns:
+            [1, T, Q * V].
+        """
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, self.slots] = key[0].transpose(0, 1)
+        values[self.rows, :, self.slots] = value[0].transpose(0, 1)
+        y = torch.ops.blockffn.cached_attention(
+            q[0].transpose(0, 1),
+            keys,
+            values,
+            self.rows,
+            self.context,
+            self.ancestors,
+        )
+        return y.flatten(1)[None]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockffn_compile.layer import ACTIVATIONS, BlockFFN, RMSNorm
-from blockffn_compile.models.cache import StaticCache
+from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.config import BlockFFNConfig
 
 
@@ -83,10 +83,12 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         positions: Tensor,
-        cache: StaticCache | None,
+        cache: StaticCache | TreeStep | None,
         mask: Tensor | None,
     ) -> Tensor:
         q, k, v = self.project(x, rope)
+        if isinstance(cache, TreeStep):
+            return self.o_proj(cache.attend(self.layer, q, k, v))
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
         y = F.scaled_dot_product_attention(
@@ -181,14 +183,14 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: StaticCache | None = None,
+        cache: StaticCache | TreeStep | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         if positions is None:
             if cache is not None:
                 raise ValueError("positions are needed with a cache: the slots to write")
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if cache is not None and mask is None:
+        if isinstance(cache, StaticCache) and mask is None:
             slots = torch.arange(cache.max_len, device=tokens.device)
             mask = slots[None, :] <= positions[:, None]
         x = self.embed_tokens(tokens) * self.config.scale_emb
@@ -225,7 +227,7 @@ class BlockFFNForCausalLM(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: StaticCache | None = None,
+        cache: StaticCache | TreeStep | None = None,
         mask: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
@@ -234,7 +236,8 @@ class BlockFFNForCausalLM(nn.Module):
         Args:
             tokens: [batch, T] int64.
             positions: [T] int64, default 0..T-1.
-            cache: written at ``positions`` and read whole.
+            cache: written at ``positions`` and read whole; or, for up to 64 tokens that are nodes
+                of trees, a :class:`TreeStep`.
             mask: bool, broadcastable to [batch, heads, T, keys], true where a token may look.
                 Default: causal.
             logits_to_keep: of how many of the last tokens; 0 for all.

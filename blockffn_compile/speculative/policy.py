@@ -23,7 +23,7 @@ PRIOR_STEPS = 0.5
 
 #: Share of the time that trying out drafters may cost; and what it may cost at the very start, in
 #: plain steps.
-TRIAL_SHARE, TRIAL_START = 0.01, 1.0
+TRIAL_SHARE, TRIAL_START = 0.02, 1.0
 
 #: Nodes of a trial: little more than a plain step, but enough to see a drafter succeed.
 TRIAL_NODES = 4

@@ -51,6 +51,32 @@ def _kernel(problem: Problem) -> CpuKernel:
     return CpuKernel(problem)
 
 
+@functools.cache
+def linear_kernel(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Any, int] | None:
+    """The function of ``tir/linear.py`` and its panel width, or None without kernels."""
+    if dtype not in DTYPES or (host := _host()) is None:
+        return None
+    from blockffn_compile.schedules.tir import build
+    from blockffn_compile.schedules.tir.linear import panel_linear
+
+    target, widest, tokens = host
+    panel = panel_width(outputs, widest)
+    return build.load(panel_linear(inputs, outputs, DTYPES[dtype], panel, tokens), target), panel
+
+
+@functools.cache
+def attention_kernel(
+    heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> Any | None:
+    """The function of ``tir/attention.py``, or None without kernels."""
+    if dtype not in DTYPES or key_dim % 16 or value_dim % 16 or (host := _host()) is None:
+        return None
+    from blockffn_compile.schedules.tir import build
+    from blockffn_compile.schedules.tir.attention import cached_attention
+
+    return build.load(cached_attention(heads, kv_heads, key_dim, value_dim, DTYPES[dtype]), host[0])
+
+
 class CpuKernel:
     """The TIR kernel of one problem, compiled for this CPU."""
 
@@ -101,18 +127,18 @@ class CpuKernel:
         weights.append(PANELS.get(w_down, down_axes, self.sizes, "ehs", down_panel))
         y = torch.empty(x.shape, dtype=x.dtype)
         if x.shape[0] <= self.chunk:
-            self.function(_aligned(x), _aligned(scores), *weights, y)
+            self.function(aligned(x), aligned(scores), *weights, y)
         else:
             for part, part_scores, result in zip(
                 x.split(self.chunk), scores.split(self.chunk), y.split(self.chunk), strict=True
             ):
                 out = torch.empty_like(result, memory_format=torch.contiguous_format)
-                self.function(_aligned(part), _aligned(part_scores), *weights, out)
+                self.function(aligned(part), aligned(part_scores), *weights, out)
                 result.copy_(out)
         return y
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """Contiguous and 64-byte aligned, as the vector loads of the kernel need it."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor

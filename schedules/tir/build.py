@@ -24,6 +24,7 @@ from tvm.target.codegen import llvm_get_system_cpu, llvm_get_system_triple
 
 log = logging.getLogger(__name__)
 
+POOL = "__TVMBackendParallelLaunch"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -71,11 +72,11 @@ def load(function: Any, target: tvm.target.Target) -> Any:
     source = "\n".join((tvm.__version__, str(target), function.script(show_meta=True)))
     path = _cached(name, source, build)
     module = tvm.runtime.load_module(str(path))
-    launch = _openmp_launch()
-    if launch is not None:
+    library = ctypes.CDLL(str(path))
+    # Absent from a kernel that has nothing to run in parallel.
+    if hasattr(library, POOL) and (launch := _openmp_launch()) is not None:
         # The library calls its thread pool through this pointer, which loading has just set.
-        pointer = ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "__TVMBackendParallelLaunch")
-        pointer.value = launch
+        ctypes.c_void_p.in_dll(library, POOL).value = launch
     return module[name]
 
 

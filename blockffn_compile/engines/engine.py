@@ -1,0 +1,74 @@
+"""What a decoding loop needs of a model, whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from blockffn_compile.speculative.tree import DraftTree
+
+#: Token counts of one verification that engines prepare for.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Output(NamedTuple):
+    """What the model says of some tokens.
+
+    Attributes:
+        logits: [N, V], of the token after each.
+        features: [N, H], outputs of the final norm, for drafters; None where an engine has none.
+    """
+
+    logits: Tensor
+    features: Tensor | None
+
+
+class Engine(Protocol):
+    """A model with a cache for several texts, each at a row of its own.
+
+    A text's cache holds its first tokens.  ``verify`` looks at nodes behind them and leaves them
+    uncommitted: ``commit`` keeps some, and whatever is not committed is forgotten at no cost.
+    Plain decoding is a tree of one node, its root.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def rows(self) -> int:
+        """How many texts there is room for."""
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text, those being verified included."""
+
+    def prefill(self, row: int, tokens: Sequence[int]) -> Output:
+        """Starts the text of a row anew with these tokens.
+
+        Returns:
+            Features of all of them, logits [1, V] of the last.
+
+        Raises:
+            ValueError: there are none, more than ``max_length``, or one is not in the vocabulary.
+        """
+
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Output]:
+        """Runs one tree per row, at most 64 nodes in all, in one pass.
+
+        Raises:
+            ValueError: too many nodes, a token outside the vocabulary, or a tree that does not
+                fit behind its text.
+        """
+
+    def commit(self, row: int, path: Sequence[int]) -> None:
+        """Appends nodes of the tree verified last, a path from its root, to the row's text.
+
+        Raises:
+            ValueError: the row has no verified tree, or this is no such path.
+        """
+
+    def length(self, row: int) -> int:
+        """Tokens in the cache of a row."""

@@ -1,0 +1,181 @@
+"""The engine on ``torch.compile``: one graph per token count over a static cache."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from blockffn_compile.engines.engine import BUCKETS, Output
+from blockffn_compile.models.cache import StaticCache, TreeStep
+from blockffn_compile.models.modeling import BlockFFNForCausalLM
+from blockffn_compile.speculative.tree import DraftTree
+
+#: Compiles a function for the one token count it will be called with.  With linear layers on our
+#: kernels, a token's bits do not depend on that count.
+compile_for_count = functools.partial(
+    torch.compile,
+    backend="blockffn",
+    fullgraph=True,
+    dynamic=False,
+    options={"linears": True},
+    isolate_recompiles=True,
+)
+
+
+def _step(model: BlockFFNForCausalLM, inputs: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] and features [T, H] of nodes, from int64 [6, T]."""
+    tokens, positions, *places = inputs
+    features = model.model(tokens[None], positions, TreeStep(cache, *places))[0]
+    return model.lm_head(features * model.logit_scale), features
+
+
+def _prefill(
+    model: BlockFFNForCausalLM, tokens: Tensor, positions: Tensor, cache: StaticCache
+) -> tuple[Tensor, Tensor]:
+    """Logits [1, V] of the last of tokens [T], and features [T, H] of all."""
+    features = model.model(tokens[None], positions, cache)[0]
+    return model.lm_head(features[-1:] * model.logit_scale), features
+
+
+class TorchEngine:
+    """A BlockFFN model under ``torch.compile(backend="blockffn")``; see :class:`Engine`.
+
+    On CPUs a token's logits are bit-identical however many nodes, and which, are verified with it.
+    Prefill runs in one pass of its own, whose cache entries all later steps share.
+
+    Attributes:
+        model: in eval mode.
+        rows: how many texts.
+        max_length: as asked for, at most the model's context.
+        cache: [rows, heads, max_length, dim] for each layer.
+    """
+
+    def __init__(
+        self, model: BlockFFNForCausalLM, rows: int = 1, max_length: int | None = None
+    ) -> None:
+        """Allocates the cache.
+
+        Raises:
+            ValueError: ``max_length`` is longer than the model's context.
+        """
+        config, weight = model.config, model.lm_head.weight
+        self.model, self.rows = model, rows
+        self.max_length = max_length or config.max_position_embeddings
+        self.vocab_size = config.vocab_size
+        self.cache = StaticCache(config, rows, self.max_length, weight.dtype, weight.device)
+        self._lengths = [0] * rows
+        self._verified: dict[int, DraftTree] = {}
+        self._steps: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._prefill = functools.partial(torch.compile, isolate_recompiles=True)(
+            _prefill, backend="blockffn", fullgraph=True
+        )
+
+    @torch.no_grad()
+    def warm_up(self, buckets: Iterable[int] = BUCKETS) -> Iterator[int]:
+        """Compiles the graphs of these token counts, yielding each when it is done.
+
+        What is not warmed up compiles at its first use; nothing compiles after that.  The texts
+        of all rows are forgotten.
+        """
+        for bucket in buckets:
+            self._lengths = [0] * self.rows
+            self.verify({0: DraftTree.chain(0, [0] * (bucket - 1), [0.0] * (bucket - 1))})
+            yield bucket
+        self._verified.clear()
+
+    @torch.no_grad()
+    def prefill(self, row: int, tokens: Sequence[int]) -> Output:
+        """See :class:`Engine`."""
+        if not 0 < len(tokens) <= self.max_length:
+            raise ValueError(
+                f"a text of {len(tokens)} tokens: this engine takes 1 to {self.max_length}"
+            )
+        self._check_tokens(tokens)
+        self._verified.pop(row, None)
+        self._lengths[row] = len(tokens)
+        device = self.model.lm_head.weight.device
+        run = torch.tensor(list(tokens), device=device)
+        positions = torch.arange(len(run), device=device)
+        if len(run) > 1:  # one token is a graph of its own
+            torch._dynamo.mark_dynamic(run, 0)
+            torch._dynamo.mark_dynamic(positions, 0)
+        logits, features = self._prefill(self.model, run, positions, self.cache.sequence(row))
+        return Output(logits, features)
+
+    @torch.no_grad()
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Output]:
+        """See :class:`Engine`."""
+        inputs: list[list[int]] = [[], [], [], [], [], []]
+        tokens, positions, rows, context, slots, ancestors = inputs
+        for row, tree in trees.items():
+            past, count = self._lengths[row], len(tree)
+            if past + count > self.max_length:
+                raise ValueError(
+                    f"{count} nodes behind {past} tokens: the context ends at {self.max_length}"
+                )
+            tokens += tree.tokens.tolist()
+            positions += (tree.depths + past).tolist()
+            rows += [row] * count
+            context += [past] * count
+            slots += range(past, past + count)
+            ancestors += tree.ancestors.tolist()
+        self._check_tokens(tokens)
+        if not 0 < len(tokens) <= BUCKETS[-1]:
+            raise ValueError(f"{len(tokens)} nodes in one step: an engine takes 1 to {BUCKETS[-1]}")
+        bucket = next(size for size in BUCKETS if size >= len(tokens))
+        padding = bucket - len(tokens)
+        for values in inputs:
+            # Copies of the first root: they write what it writes, and need no expert of their own.
+            values += values[:1] * padding
+        logits, features = self._step(bucket)(self.model, torch.tensor(inputs), self.cache)
+        self._verified = dict(trees)
+        outputs, first = {}, 0
+        for row, tree in trees.items():
+            end = first + len(tree)
+            outputs[row] = Output(logits[first:end], features[first:end])
+            first = end
+        return outputs
+
+    def _step(self, bucket: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        if bucket not in self._steps:
+            self._steps[bucket] = compile_for_count(_step)
+        return self._steps[bucket]
+
+    @torch.no_grad()
+    def commit(self, row: int, path: Sequence[int]) -> None:
+        """See :class:`Engine`."""
+        tree = self._verified.pop(row, None)
+        if tree is None:
+            raise ValueError(f"row {row} has no verified tree to commit from")
+        if (
+            not path
+            or path[0] != 0
+            or any(
+                not 0 < node < len(tree) or tree.parents[node] != before
+                for before, node in itertools.pairwise(path)
+            )
+        ):
+            raise ValueError(f"{list(path)} is not a path from the root of the verified tree")
+        past = self._lengths[row]
+        self._lengths[row] += len(path)
+        moved = next((i for i, node in enumerate(path) if node != i), len(path))
+        if moved == len(path):
+            return  # already where they belong
+        device = self.model.lm_head.weight.device
+        source = torch.tensor([past + node for node in path[moved:]], device=device)
+        start, end = past + moved, past + len(path)
+        for stored in (*self.cache.keys, *self.cache.values):
+            stored[row, :, start:end] = stored[row].index_select(1, source)
+
+    def length(self, row: int) -> int:
+        """See :class:`Engine`."""
+        return self._lengths[row]
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.vocab_size:
+            bad = next(t for t in tokens if not 0 <= t < self.vocab_size)
+            raise ValueError(f"token {bad} is outside the vocabulary 0..{self.vocab_size - 1}")

@@ -1,0 +1,68 @@
+"""A linear layer of few tokens over panels, as one TIR function for CPUs.
+
+Reads each weight once for up to ``Tiling.tokens`` tokens.  Rows are bit-identical alone or among
+others: each output's sum has one fixed order (see ``tile.add_products``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from blockffn_compile.schedules.tir.tile import (
+    LANES,
+    MAX_TOKENS,
+    add_products,
+    for_tiles,
+    store_row,
+    widen_row,
+)
+
+
+def panel_linear(inputs: int, outputs: int, dtype: str, panel: int, tokens: int) -> tirx.PrimFunc:
+    """Builds ``f(x, weight, y)``: ``y = x @ weight.T``.
+
+    Args:
+        inputs: K.
+        outputs: N.
+        dtype: of every argument: float32, bfloat16 or float16.
+        panel: P, a multiple of 16.
+        tokens: most tokens in one register tile.
+
+    Returns:
+        A function of x [n, K], weight panels [1, N/P, K, P] and the result y [n, N], for
+        1 <= n <= MAX_TOKENS.
+    """
+    panels = -(-outputs // panel)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("panel_linear")
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+        n = tirx.Var("n", "int32")
+        x = T.arg("x", T.buffer((n, inputs), dtype))
+        weight = T.arg("weight", T.buffer((1, panels, inputs, panel), dtype))
+        y = T.arg("y", T.buffer((n, outputs), dtype))
+        x32 = T.alloc_buffer((MAX_TOKENS, inputs + LANES), "float32")
+        y32 = T.alloc_buffer((MAX_TOKENS, panels * panel + LANES), "float32")
+
+        with T.serial(n) as t:
+            widen_row(x, x32, t)
+        with T.parallel(panels) as p:
+
+            def tile(count: int, begin: Any) -> None:
+                add_products(
+                    count,
+                    weight,
+                    0,
+                    p,
+                    lambda i, k: x32[begin + i, k],
+                    [(y32, begin + i) for i in range(count)],
+                    accumulate=False,
+                )
+
+            for_tiles(0, n, tokens, tile)
+            with T.serial(n) as t, T.serial(panel // LANES) as v:
+                store_row(y32, y, t, T.bind(p * panel + v * LANES))
+    return builder.get()
