@@ -16,26 +16,60 @@ from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
-from blockffn_compile import step_ops
+from blockffn_compile import ops, step_ops
 
 
 def _linear_out(x: Tensor, *weights: Tensor, out: Tensor) -> None:
     step_ops.linear(x, weights, out)
 
 
+def _ffn_out(
+    x: Tensor,
+    scores: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    act: str,
+    up_axes: str,
+    down_axes: str,
+    out: Tensor,
+) -> None:
+    ops.run_into(x, scores, w_up, w_down, None, act, up_axes, down_axes, out)
+
+
 # Generated code finds them by name in this namespace.
+setattr(extern_kernels, "blockffn_ffn", _ffn_out)  # noqa: B010
+setattr(extern_kernels, "blockffn_gated_ffn", ops.run_into)  # noqa: B010
 setattr(extern_kernels, "blockffn_linear", _linear_out)  # noqa: B010
 setattr(extern_kernels, "blockffn_cached_attention", step_ops.cached_attention)  # noqa: B010
 
 
-def _call(name: str, inputs: Sequence[Any], size: Sequence[Any]) -> ir.TensorBox:
-    """A call ``extern_kernels.name(*inputs, out=buffer)`` with a new contiguous buffer."""
+def _call(
+    name: str, inputs: Sequence[Any], size: Sequence[Any], constants: Sequence[Any] = ()
+) -> ir.TensorBox:
+    """``extern_kernels.name(*inputs, *constants, out=buffer)`` with a new contiguous buffer."""
     first = inputs[0]
     layout = ir.FixedLayout(first.get_device(), first.get_dtype(), list(size))
     inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(i)) for i in inputs]
     return ir.TensorBox.create(
-        ir.ExternKernelOut(layout, inputs, python_kernel_name=f"extern_kernels.{name}")
+        ir.ExternKernelOut(layout, inputs, constants, python_kernel_name=f"extern_kernels.{name}")
     )
+
+
+@register_lowering(torch.ops.blockffn.chunk_sparse_ffn.default, type_promotion_kind=None)
+def _ffn(
+    x: ir.TensorBox,
+    scores: ir.TensorBox,
+    w_up: ir.TensorBox,
+    w_down: ir.TensorBox,
+    act: str,
+    w_gate: ir.TensorBox | None = None,
+    up_axes: str = "e,s,h",
+    down_axes: str = "e,h,s",
+) -> ir.TensorBox:
+    inputs, name = [x, scores, w_up, w_down], "blockffn_ffn"
+    if w_gate is not None:
+        inputs, name = [*inputs, w_gate], "blockffn_gated_ffn"
+    return _call(name, inputs, x.get_size(), (act, up_axes, down_axes))
 
 
 @register_lowering(torch.ops.blockffn.linear.default, type_promotion_kind=None)

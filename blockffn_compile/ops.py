@@ -79,20 +79,38 @@ def _run(
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: the axes do not describe a weight.
     """
-    if x.shape[0] == 0:
-        return _fake(x, scores, w_up, w_down, act, w_gate, up_axes, down_axes)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    run_into(x, scores, w_up, w_down, w_gate, act, up_axes, down_axes, y)
+    return y
+
+
+def run_into(
+    x: Tensor,
+    scores: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    w_gate: Tensor | None,
+    act: str,
+    up_axes: str,
+    down_axes: str,
+    out: Tensor,
+) -> None:
+    """The operator with its result written to ``out`` [T, H], contiguous."""
     try:
+        if x.shape[0] == 0:
+            _fake(x, scores, w_up, w_down, act, w_gate, up_axes, down_axes)
+            return
         kernel = _kernel(
             x.shape[1],
             scores.shape[1],
             w_up.numel(),
-            act,
+            act,  # type: ignore[arg-type]
             w_gate is not None,
             x.dtype,
             x.device.type,
             regime(x.shape[0]),
         )
-        return kernel(x, scores, w_up, w_down, w_gate, up_axes, down_axes)
+        kernel(x, scores, w_up, w_down, w_gate, up_axes, down_axes, out)
     except Exception:
         # Kernels check what they are given; the shape rule says it in the op's own words.
         _fake(x, scores, w_up, w_down, act, w_gate, up_axes, down_axes)

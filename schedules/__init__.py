@@ -23,8 +23,9 @@ class Kernel(Protocol):
         w_gate: Tensor | None,
         up_axes: str,
         down_axes: str,
-    ) -> Tensor:
-        """[T, H] from x [T, H], scores [T, E] and stored weights with the given axes."""
+        out: Tensor,
+    ) -> None:
+        """Fills ``out`` [T, H] from x [T, H], scores [T, E] and weights with the given axes."""
         ...
 
 

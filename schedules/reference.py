@@ -43,7 +43,8 @@ def schedule(problem: Problem, regime: Regime):  # type: ignore[no-untyped-def]
         w_gate: Tensor | None,
         up_axes: str,
         down_axes: str,
-    ) -> Tensor:
-        return dense(x, scores, w_up, w_down, w_gate, problem.act, up_axes, down_axes)
+        out: Tensor,
+    ) -> None:
+        out.copy_(dense(x, scores, w_up, w_down, w_gate, problem.act, up_axes, down_axes))
 
     return kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,21 @@ from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.speculative.tree import DraftTree
 
-#: Compiles a function for the one token count it will be called with.  With linear layers on our
-#: kernels, a token's bits do not depend on that count.
-compile_for_count = functools.partial(
-    torch.compile,
-    backend="blockffn",
-    fullgraph=True,
-    dynamic=False,
-    options={"linears": True},
-    isolate_recompiles=True,
-)
+
+def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Compiles a function ahead of its calls, for arguments of just these shapes.
+
+    Nothing is guarded, which would cost more than a small model's kernels: all later calls must be
+    with the same model and cache, and tensors of the same shapes.  With linear layers on our
+    kernels, a token's bits do not depend on the token count.
+    """
+    options = {"linears": True, "size_asserts": False}
+    jit: Any = torch.compile(
+        function, backend="blockffn", fullgraph=True, dynamic=False, options=options
+    )
+    compiled = jit.aot_compile((args, {}))
+    compiled.disable_guard_check()
+    return compiled
 
 
 def _step(model: BlockFFNForCausalLM, inputs: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
@@ -131,7 +137,10 @@ class TorchEngine:
         for values in inputs:
             # Copies of the first root: they write what it writes, and need no expert of their own.
             values += values[:1] * padding
-        logits, features = self._step(bucket)(self.model, torch.tensor(inputs), self.cache)
+        arguments = (self.model, torch.tensor(inputs), self.cache)
+        if bucket not in self._steps:
+            self._steps[bucket] = compile_once(_step, *arguments)
+        logits, features = self._steps[bucket](*arguments)
         self._verified = dict(trees)
         outputs, first = {}, 0
         for row, tree in trees.items():
@@ -139,11 +148,6 @@ class TorchEngine:
             outputs[row] = Output(logits[first:end], features[first:end])
             first = end
         return outputs
-
-    def _step(self, bucket: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        if bucket not in self._steps:
-            self._steps[bucket] = compile_for_count(_step)
-        return self._steps[bucket]
 
     @torch.no_grad()
     def commit(self, row: int, path: Sequence[int]) -> None:

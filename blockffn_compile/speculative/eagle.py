@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockffn_compile.engines.engine import BUCKETS
-from blockffn_compile.engines.torch_engine import compile_for_count
+from blockffn_compile.engines.torch_engine import compile_once
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.eagle import EagleHead
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
@@ -57,22 +57,27 @@ def _guess(
 class EagleModel:
     """A head with its compiled graphs and its drafting vocabulary; serves any number of texts."""
 
-    def __init__(self, target: BlockFFNForCausalLM, head: EagleHead) -> None:
+    def __init__(
+        self, target: BlockFFNForCausalLM, head: EagleHead, max_length: int | None = None
+    ) -> None:
+        """Sets the length of all caches: the longest text to draft for, and a tree behind it."""
         self.target, self.head = target, head
+        context = head.config.max_position_embeddings
+        self.max_length = min(max_length or context, context)
         weight = target.lm_head.weight.detach()
         self.token_map = head.token_map
         self.unembedding = weight if self.token_map is None else weight[self.token_map].contiguous()
         self._graphs: dict[int, Callable[..., Guesses]] = {}
 
-    def new_cache(self, length: int) -> StaticCache:
+    def new_cache(self) -> StaticCache:
         """A cache for one text."""
         weight = self.target.lm_head.weight
-        return StaticCache(self.head.config, 1, length, weight.dtype, weight.device)
+        return StaticCache(self.head.config, 1, self.max_length, weight.dtype, weight.device)
 
     @torch.no_grad()
     def warm_up(self) -> Iterator[int]:
         """Compiles the graphs of all token counts, yielding each when it is done."""
-        cache = self.new_cache(BUCKETS[-1])
+        cache = self.new_cache()
         for count in BUCKETS:
             zeros = [[0] * count for _ in range(4)]
             features = self.unembedding.new_zeros(count, self.head.config.hidden_size)
@@ -93,19 +98,19 @@ class EagleModel:
         """
         tokens, positions, *places = inputs
         count = len(tokens)
-        if count not in self._graphs:
-            self._graphs[count] = compile_for_count(_guess)
-        table = torch.tensor([tokens, positions, [0] * count, *places])
         target = self.target
-        return self._graphs[count](
+        arguments = (
             self.head,
             target.model.embed_tokens.weight,
             self.unembedding,
             (target.config.scale_emb, target.logit_scale),
-            table,
+            torch.tensor([tokens, positions, [0] * count, *places]),
             features,
             cache,
         )
+        if count not in self._graphs:
+            self._graphs[count] = compile_once(_guess, *arguments)
+        return self._graphs[count](*arguments)
 
 
 class EagleDrafter:
@@ -120,10 +125,8 @@ class EagleDrafter:
 
     name = "eagle"
 
-    def __init__(self, model: EagleModel, max_length: int) -> None:
-        self.model = model
-        # Room behind the text for a tree.
-        self._cache = model.new_cache(min(max_length, model.head.config.max_position_embeddings))
+    def __init__(self, model: EagleModel) -> None:
+        self.model, self._cache = model, model.new_cache()
         self.reset()
 
     def reset(self) -> None:

@@ -119,23 +119,22 @@ class CpuKernel:
         w_gate: Tensor | None,
         up_axes: str,
         down_axes: str,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         up_panel, down_panel = self.tiling.up_panel, self.tiling.down_panel
         weights = [PANELS.get(w_up, up_axes, self.sizes, "esh", up_panel)]
         if w_gate is not None:
             weights.append(PANELS.get(w_gate, up_axes, self.sizes, "esh", up_panel))
         weights.append(PANELS.get(w_down, down_axes, self.sizes, "ehs", down_panel))
-        y = torch.empty(x.shape, dtype=x.dtype)
         if x.shape[0] <= self.chunk:
-            self.function(aligned(x), aligned(scores), *weights, y)
-        else:
-            for part, part_scores, result in zip(
-                x.split(self.chunk), scores.split(self.chunk), y.split(self.chunk), strict=True
-            ):
-                out = torch.empty_like(result, memory_format=torch.contiguous_format)
-                self.function(aligned(part), aligned(part_scores), *weights, out)
-                result.copy_(out)
-        return y
+            self.function(aligned(x), aligned(scores), *weights, out)
+            return
+        for part, part_scores, result in zip(
+            x.split(self.chunk), scores.split(self.chunk), out.split(self.chunk), strict=True
+        ):
+            y = torch.empty_like(result, memory_format=torch.contiguous_format)
+            self.function(aligned(part), aligned(part_scores), *weights, y)
+            result.copy_(y)
 
 
 def aligned(tensor: Tensor) -> Tensor:
