@@ -104,7 +104,7 @@ def run_into(
             x.shape[1],
             scores.shape[1],
             w_up.numel(),
-            act,  # type: ignore[arg-type]
+            act,
             w_gate is not None,
             x.dtype,
             x.device.type,

@@ -23,7 +23,7 @@ def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]
     with the same model and cache, and tensors of the same shapes.  With linear layers on our
     kernels, a token's bits do not depend on the token count.
     """
-    options = {"linears": True, "size_asserts": False}
+    options: Any = {"linears": True, "size_asserts": False}
     jit: Any = torch.compile(
         function, backend="blockffn", fullgraph=True, dynamic=False, options=options
     )
