@@ -63,7 +63,9 @@ class PackCache:
     def __init__(self) -> None:
         # Looked up for every call of a kernel: a plain dict by id is four times as fast as
         # PyTorch's weak dictionary.
-        self._packed: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Tensor]] = {}
+        self._packed: dict[
+            int, tuple[tuple[weakref.ref[Tensor], ...], tuple[object, ...], Tensor]
+        ] = {}
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -74,31 +76,37 @@ class PackCache:
         """Panels of ``weight``, see :func:`unfold` and :func:`to_panels`."""
         key = (_state(weight), axes, order, panel)
         packed = self._packed.get(id(weight))
-        if packed is not None and packed[0]() is weight and packed[1] == key:
+        if packed is not None and packed[0][0]() is weight and packed[1] == key:
             return packed[2]
         with torch.no_grad():
             panels = to_panels(unfold(weight.detach(), axes, sizes, order), panel)
-        return self._keep(weight, key, panels)
+        return self._keep([weight], key, panels)
 
     def rows(self, weights: Sequence[Tensor], panel: int) -> Tensor:
         """Panels [1, N/P, K, P] of matrices [Ni, K] below each other, kept with the first."""
         key = (*map(_state, weights), panel)
         packed = self._packed.get(id(weights[0]))
-        if packed is not None and packed[0]() is weights[0] and packed[1] == key:
+        # Identity too: another tensor or view may have the address of one that is gone.
+        if (
+            packed is not None
+            and packed[1] == key
+            and all(ref() is w for ref, w in zip(packed[0], weights, strict=True))
+        ):
             return packed[2]
         with torch.no_grad():
             panels = to_panels(torch.cat([w.detach() for w in weights])[None], panel)
-        return self._keep(weights[0], key, panels)
+        return self._keep(weights, key, panels)
 
-    def _keep(self, weight: Tensor, key: tuple[object, ...], panels: Tensor) -> Tensor:
-        name = id(weight)
+    def _keep(self, weights: Sequence[Tensor], key: tuple[object, ...], panels: Tensor) -> Tensor:
+        name = id(weights[0])
 
         def forget(gone: weakref.ref[Tensor]) -> None:
             # The id may belong to another tensor by now.
-            if name in self._packed and self._packed[name][0] is gone:
+            if name in self._packed and self._packed[name][0][0] is gone:
                 del self._packed[name]
 
-        self._packed[name] = (weakref.ref(weight, forget), key, panels)
+        refs = (weakref.ref(weights[0], forget), *map(weakref.ref, weights[1:]))
+        self._packed[name] = (refs, key, panels)
         return panels
 
 

@@ -73,3 +73,32 @@ def test_inference_tensors_are_constant():
     assert cache.get(weight, "e,s,h", SIZES, "esh", 16) is cache.get(
         weight, "e,s,h", SIZES, "esh", 16
     )
+
+
+def test_rows_of_several_weights_are_packed_once_and_again_after_any_write():
+    cache, weights = PackCache(), [torch.randn(3, 5), torch.randn(20, 5)]
+    first = cache.rows(weights, 16)
+    assert torch.equal(first, to_panels(torch.cat(weights)[None], 16))
+    assert cache.rows(weights, 16) is first
+    assert cache.rows(weights, 32).shape[-1] == 32
+    for weight in weights:
+        weight.add_(1)
+        assert torch.equal(cache.rows(weights, 16), to_panels(torch.cat(weights)[None], 16))
+
+
+def test_rows_tell_views_of_one_address_apart():
+    cache, first, square = PackCache(), torch.randn(3, 5), torch.randn(5, 5)
+    for second in (square, square.T, square[:2]):
+        weights = [first, second]
+        assert torch.equal(cache.rows(weights, 16), to_panels(torch.cat(weights)[None], 16))
+
+
+def test_rows_live_as_long_as_the_first_weight():
+    cache, weights = PackCache(), [torch.randn(3, 5), torch.randn(4, 5)]
+    cache.rows(weights, 16)
+    weights.pop()
+    gc.collect()
+    assert len(cache) == 1
+    weights.clear()
+    gc.collect()
+    assert len(cache) == 0
