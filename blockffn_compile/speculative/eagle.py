@@ -183,6 +183,7 @@ class EagleDrafter:
         features = torch.cat(self._features)
         self._tokens, self._features = self._tokens[count:], [features[count:]]
         if base + count > self._cache.max_len:
+            self._length = self._cache.max_len  # and stays full: later pairs would be misplaced
             return None
         bucket = next(size for size in BUCKETS if size >= count)
         index = [*range(count), *[0] * (bucket - count)]  # copies of the first fill up

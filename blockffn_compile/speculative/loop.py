@@ -149,7 +149,9 @@ def decode(
         raise ValueError(f"{len(prompts)} prompts for an engine of {engine.rows} rows")
     sampler = sampler or Sampler()
     # Texts draw from different streams.
-    samplers = [replace(sampler, seed=(sampler.seed or 0) + row) for row in range(len(prompts))]
+    samplers = [
+        replace(sampler, seed=((sampler.seed or 0) + row) % 2**64) for row in range(len(prompts))
+    ]
     policy = policy or TreePolicy({1: 1.0}, 0)
     texts: list[_Text] = []
 

@@ -182,6 +182,10 @@ class TreeBuilder:
         self.frontier = [first + i for i in best]
         return self.frontier
 
+    def subtree(self, nodes: Sequence[int]) -> DraftTree:
+        """The tree of ``nodes`` alone: ascending, with the parent of each; order is kept."""
+        return _subtree(self.tokens, self.parents, self._log_probs, nodes)
+
     def build(self, n: int) -> DraftTree:
         """The tree of the most probable ``n`` nodes of all, in the order they were added.
 
