@@ -5,34 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from blockffn_compile.engines.compiled import compile_once
 from blockffn_compile.engines.engine import BUCKETS, Output
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.speculative.tree import DraftTree
 
 
-def compile_once(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compiles a function ahead of its calls, for arguments of just these shapes.
-
-    Nothing is guarded, which would cost more than a small model's kernels: all later calls must be
-    with the same model and cache, and tensors of the same shapes.  With linear layers on our
-    kernels, a token's bits do not depend on the token count.
-    """
-    options: Any = {"linears": True, "size_asserts": False}
-    jit: Any = torch.compile(
-        function, backend="blockffn", fullgraph=True, dynamic=False, options=options
-    )
-    compiled = jit.aot_compile((args, {}))
-    compiled.disable_guard_check()
-    return compiled
-
-
-def _step(model: BlockFFNForCausalLM, inputs: Tensor, cache: StaticCache) -> tuple[Tensor, Tensor]:
+def _step(model: BlockFFNForCausalLM, cache: StaticCache, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [T, V] and features [T, H] of nodes, from int64 [6, T]."""
     tokens, positions, *places = inputs
     features = model.model(tokens[None], positions, TreeStep(cache, *places))[0]
@@ -75,7 +59,7 @@ class TorchEngine:
         self.cache = StaticCache(config, rows, self.max_length, weight.dtype, weight.device)
         self._lengths = [0] * rows
         self._verified: dict[int, DraftTree] = {}
-        self._steps: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._steps: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
         self._prefill = functools.partial(torch.compile, isolate_recompiles=True)(
             _prefill, backend="blockffn", fullgraph=True
         )
@@ -89,7 +73,13 @@ class TorchEngine:
         """
         for bucket in buckets:
             self._lengths = [0] * self.rows
-            self.verify({0: DraftTree.chain(0, [0] * (bucket - 1), [0.0] * (bucket - 1))})
+            trees, left = {}, bucket // 2 + 1  # the fewest nodes that need this graph
+            for row in range(self.rows):
+                if count := min(left, self.max_length):
+                    trees[row] = DraftTree.chain(0, [0] * (count - 1), [0.0] * (count - 1))
+                    left -= count
+            if not left:  # else no step is ever as large
+                self.verify(trees)
             yield bucket
         self._verified.clear()
 
@@ -137,10 +127,10 @@ class TorchEngine:
         for values in inputs:
             # Copies of the first root: they write what it writes, and need no expert of their own.
             values += values[:1] * padding
-        arguments = (self.model, torch.tensor(inputs), self.cache)
+        table = torch.tensor(inputs)
         if bucket not in self._steps:
-            self._steps[bucket] = compile_once(_step, *arguments)
-        logits, features = self._steps[bucket](*arguments)
+            self._steps[bucket] = compile_once(_step, (self.model, self.cache), table)
+        logits, features = self._steps[bucket](table)
         self._verified = dict(trees)
         outputs, first = {}, 0
         for row, tree in trees.items():

@@ -64,11 +64,15 @@ class StaticCache:
 
     def sequence(self, row: int) -> StaticCache:
         """The cache of one sequence, in the same memory."""
-        view = StaticCache.__new__(StaticCache)
-        view.max_len = self.max_len
-        view.keys = [k[row : row + 1] for k in self.keys]
-        view.values = [v[row : row + 1] for v in self.values]
-        return view
+        rows = slice(row, row + 1)
+        return StaticCache.of([k[rows] for k in self.keys], [v[rows] for v in self.values])
+
+    @staticmethod
+    def of(keys: list[Tensor], values: list[Tensor]) -> StaticCache:
+        """A cache in the memory of these tensors, one for each layer."""
+        cache = StaticCache.__new__(StaticCache)
+        cache.max_len, cache.keys, cache.values = keys[0].shape[2], keys, values
+        return cache
 
 
 class TreeStep(NamedTuple):

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blockffn_compile.engines.engine import BUCKETS
-from blockffn_compile.engines.torch_engine import compile_once
+from blockffn_compile.engines.compiled import compile_once
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.eagle import EagleHead
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
@@ -19,6 +18,8 @@ from blockffn_compile.speculative.tree import DraftTree, TreeBuilder
 WIDTH = 4
 #: Levels of the deepest tree: the head is run once for each.
 DEPTH = 5
+#: Token counts that graphs are compiled for.
+COUNTS = (1, 2, 4, 8, 64)
 
 
 class Guesses(NamedTuple):
@@ -42,12 +43,13 @@ def _guess(
     scales: tuple[float, float],
     inputs: Tensor,
     features: Tensor,
-    cache: StaticCache,
+    keys: Tensor,
+    values: Tensor,
 ) -> Guesses:
     """One pass of the head over nodes, from int64 [6, T] and features [T, H]."""
     tokens, positions, *places = inputs
     embeddings = torch.nn.functional.embedding(tokens, embedding) * scales[0]
-    step = TreeStep(cache, *places)
+    step = TreeStep(StaticCache.of([keys], [values]), *places)
     predicted = head(embeddings[None], features[None], positions, step, None)[0]
     logits = torch.nn.functional.linear(predicted * scales[1], unembedding).float()
     best = logits.topk(WIDTH)
@@ -67,7 +69,7 @@ class EagleModel:
         weight = target.lm_head.weight.detach()
         self.token_map = head.token_map
         self.unembedding = weight if self.token_map is None else weight[self.token_map].contiguous()
-        self._graphs: dict[int, Callable[..., Guesses]] = {}
+        self._graphs: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
     def new_cache(self) -> StaticCache:
         """A cache for one text."""
@@ -78,7 +80,7 @@ class EagleModel:
     def warm_up(self) -> Iterator[int]:
         """Compiles the graphs of all token counts, yielding each when it is done."""
         cache = self.new_cache()
-        for count in BUCKETS:
+        for count in COUNTS:
             zeros = [[0] * count for _ in range(4)]
             features = self.unembedding.new_zeros(count, self.head.config.hidden_size)
             self.guess([*zeros, [1] * count], features, cache)
@@ -91,26 +93,21 @@ class EagleModel:
         """Runs the head.
 
         Args:
-            inputs: [5, T], T in BUCKETS: tokens, positions, context, slots and ancestor masks of
+            inputs: [5, T], T in COUNTS: tokens, positions, context, slots and ancestor masks of
                 :class:`TreeStep`.
             features: [T, H], of the position before each token.
             cache: written at the slots.
         """
         tokens, positions, *places = inputs
         count = len(tokens)
-        target = self.target
-        arguments = (
-            self.head,
-            target.model.embed_tokens.weight,
-            self.unembedding,
-            (target.config.scale_emb, target.logit_scale),
-            torch.tensor([tokens, positions, [0] * count, *places]),
-            features,
-            cache,
-        )
+        table = torch.tensor([tokens, positions, [0] * count, *places])
+        tensors = (table, features, cache.keys[0], cache.values[0])
         if count not in self._graphs:
-            self._graphs[count] = compile_once(_guess, *arguments)
-        return self._graphs[count](*arguments)
+            embedding = self.target.model.embed_tokens.weight
+            scales = (self.target.config.scale_emb, self.target.logit_scale)
+            constants = (self.head, embedding, self.unembedding, scales)
+            self._graphs[count] = compile_once(_guess, constants, *tensors)
+        return Guesses(*self._graphs[count](*tensors))
 
 
 class EagleDrafter:
@@ -142,8 +139,8 @@ class EagleDrafter:
         self._tokens += tokens
         self._features.append(features)
         # A long prompt, or a long time without drafting, is not left to the next proposal.
-        while len(self._tokens) > BUCKETS[-1]:
-            self._extend(self._tokens[1 : BUCKETS[-1] + 1])
+        while len(self._tokens) > COUNTS[-1]:
+            self._extend(self._tokens[1 : COUNTS[-1] + 1])
 
     def propose(self, root: int, nodes: int) -> DraftTree:
         """See :class:`Drafter`."""
@@ -185,7 +182,7 @@ class EagleDrafter:
         if base + count > self._cache.max_len:
             self._length = self._cache.max_len  # and stays full: later pairs would be misplaced
             return None
-        bucket = next(size for size in BUCKETS if size >= count)
+        bucket = next(size for size in COUNTS if size >= count)
         index = [*range(count), *[0] * (bucket - count)]  # copies of the first fill up
         inputs = [
             [tokens[i] for i in index],

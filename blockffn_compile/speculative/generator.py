@@ -13,7 +13,7 @@ from blockffn_compile.models.eagle import EagleHead
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.speculative import cost
 from blockffn_compile.speculative.drafter import Drafter
-from blockffn_compile.speculative.eagle import EagleDrafter, EagleModel
+from blockffn_compile.speculative.eagle import COUNTS, EagleDrafter, EagleModel
 from blockffn_compile.speculative.loop import Step, Stop, decode
 from blockffn_compile.speculative.ngram import NGramDrafter
 from blockffn_compile.speculative.policy import TreePolicy
@@ -72,7 +72,7 @@ class Generator:
             eagle = EagleModel(model, head, self.engine.max_length)
             self._makers.append(lambda: EagleDrafter(eagle))
         buckets = BUCKETS if self._makers else BUCKETS[:1]
-        total, done = len(buckets) + (len(BUCKETS) if eagle else 0), 0
+        total, done = len(buckets) + (len(COUNTS) if eagle else 0), 0
 
         def tick(bucket: int) -> None:
             nonlocal done
