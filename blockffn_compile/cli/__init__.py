@@ -2,7 +2,7 @@
 
 import typer
 
-from blockffn_compile.cli import demo, explain, generate, sparsity, train, train_drafter
+from blockffn_compile.cli import demo, explain, generate, sparsity, specbench, train, train_drafter
 
 app = typer.Typer(
     name="blockffn",
@@ -16,6 +16,7 @@ app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(explain.explain)
 app.command()(sparsity.sparsity)
+app.command()(specbench.specbench)
 app.command()(train.train)
 app.command()(train_drafter.train_drafter)
 

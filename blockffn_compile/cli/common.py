@@ -14,7 +14,9 @@ import typer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from blockffn_compile.models.eagle import EagleHead
     from blockffn_compile.models.modeling import BlockFFNForCausalLM
+    from blockffn_compile.speculative.generator import Generator
 
 
 class Backend(StrEnum):
@@ -36,6 +38,10 @@ CheckpointArgument = Annotated[
 PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")]
 NewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
+]
+DrafterOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="EAGLE draft head; default: CKPT/drafter, if it is there."),
 ]
 DTypeOption = Annotated[DType, typer.Option(help="Of the weights and the computation.")]
 
@@ -85,6 +91,40 @@ def load_tokenizer(checkpoint: Path | None) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         fail(f"{path}: not a tokenizer: {error}")
+
+
+def load_head(
+    checkpoint: Path | None, drafter: Path | None, model: BlockFFNForCausalLM
+) -> EagleHead | None:
+    """The draft head in ``drafter``, or beside the model if there is one."""
+    from blockffn_compile.models.config import CheckpointError
+    from blockffn_compile.models.eagle import load_eagle
+
+    path = drafter or checkpoint_path(checkpoint) / "drafter"
+    if drafter is None and not path.is_dir():
+        return None
+    with reporting(CheckpointError):
+        return load_eagle(path, model)
+
+
+def make_generator(
+    model: BlockFFNForCausalLM, speculate: str, head: EagleHead | None, max_length: int
+) -> Generator:
+    """A generator; a progress bar shows on stderr while it compiles."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from blockffn_compile.speculative.generator import Generator
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
+        return Generator(
+            model,
+            speculate,  # type: ignore[arg-type]
+            head=head,
+            max_length=max_length,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, model: BlockFFNForCausalLM, prompt: str) -> list[int]:

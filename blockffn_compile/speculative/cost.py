@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,8 +10,18 @@ from collections.abc import Callable, Mapping
 from blockffn_compile.engines.engine import BUCKETS, Engine
 from blockffn_compile.speculative.tree import DraftTree
 
-#: Timed calls per token count; the fastest half counts, so that a busy moment does not.
+#: Calls that are timed; only the faster half counts, so that a busy moment does not.
 CALLS = 12
+
+
+def fastest_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call: the median of the faster half of several."""
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(sorted(times)[: CALLS // 2])
 
 
 def measure(
@@ -34,12 +45,7 @@ def measure(
             break
         tree = DraftTree.chain(tokens[0], tokens[1:bucket], [0.0] * (bucket - 1))
         engine.verify({0: tree})
-        times = []
-        for _ in range(CALLS):
-            start = time.perf_counter()
-            engine.verify({0: tree})
-            times.append((time.perf_counter() - start) * 1e3)
-        cost[bucket] = statistics.median(sorted(times)[: CALLS // 2])
+        cost[bucket] = fastest_ms(functools.partial(engine.verify, {0: tree}))
         progress(bucket)
     return cost
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from blockffn_compile.engines.compiled import compile_once
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.eagle import EagleHead
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
+from blockffn_compile.speculative.cost import fastest_ms
 from blockffn_compile.speculative.tree import DraftTree, TreeBuilder
 
 #: Children of a node, and nodes that grow on each level.
@@ -57,7 +59,11 @@ def _guess(
 
 
 class EagleModel:
-    """A head with its compiled graphs and its drafting vocabulary; serves any number of texts."""
+    """A head with its compiled graphs and its drafting vocabulary; serves any number of texts.
+
+    Attributes:
+        level_ms: milliseconds for a level of a tree, once warmed up.
+    """
 
     def __init__(
         self, target: BlockFFNForCausalLM, head: EagleHead, max_length: int | None = None
@@ -69,6 +75,7 @@ class EagleModel:
         weight = target.lm_head.weight.detach()
         self.token_map = head.token_map
         self.unembedding = weight if self.token_map is None else weight[self.token_map].contiguous()
+        self.level_ms = 0.0
         self._graphs: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
     def new_cache(self) -> StaticCache:
@@ -78,12 +85,15 @@ class EagleModel:
 
     @torch.no_grad()
     def warm_up(self) -> Iterator[int]:
-        """Compiles the graphs of all token counts, yielding each when it is done."""
+        """Compiles the graphs of all token counts, yielding each when it is done; times a level."""
         cache = self.new_cache()
         for count in COUNTS:
             zeros = [[0] * count for _ in range(4)]
             features = self.unembedding.new_zeros(count, self.head.config.hidden_size)
-            self.guess([*zeros, [1] * count], features, cache)
+            inputs = [*zeros, [1] * count]
+            self.guess(inputs, features, cache)
+            if count == WIDTH:
+                self.level_ms = fastest_ms(functools.partial(self.guess, inputs, features, cache))
             yield count
 
     @torch.no_grad()

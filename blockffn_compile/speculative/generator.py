@@ -16,7 +16,7 @@ from blockffn_compile.speculative.drafter import Drafter
 from blockffn_compile.speculative.eagle import COUNTS, EagleDrafter, EagleModel
 from blockffn_compile.speculative.loop import Step, Stop, decode
 from blockffn_compile.speculative.ngram import NGramDrafter
-from blockffn_compile.speculative.policy import TreePolicy
+from blockffn_compile.speculative.policy import TRIAL_NODES, TreePolicy
 from blockffn_compile.speculative.sampling import Sampler
 
 #: ``auto`` drafts with whatever there is, and only where it pays.
@@ -85,8 +85,11 @@ class Generator:
             self._cost = {1: 1.0}
             for bucket in self.engine.warm_up(buckets):
                 tick(bucket)
-        for bucket in eagle.warm_up() if eagle else ():
-            tick(bucket)
+        self._draft_ms = [0.0] * len(self._makers)
+        if eagle is not None:
+            for bucket in eagle.warm_up():
+                tick(bucket)
+            self._draft_ms[-1] = eagle.level_ms * (TRIAL_NODES - 1)
         self._policies: dict[int, TreePolicy] = {}
 
     def __call__(
@@ -102,7 +105,7 @@ class Generator:
         texts = max(1, len(prompts))
         if texts not in self._policies:
             share = cost.share(self._cost, texts)
-            self._policies[texts] = TreePolicy(share, len(self._makers))
+            self._policies[texts] = TreePolicy(share, self._draft_ms)
         return decode(
             self.engine,
             prompts,

@@ -152,7 +152,7 @@ def decode(
     samplers = [
         replace(sampler, seed=((sampler.seed or 0) + row) % 2**64) for row in range(len(prompts))
     ]
-    policy = policy or TreePolicy({1: 1.0}, 0)
+    policy = policy or TreePolicy({1: 1.0})
     texts: list[_Text] = []
 
     def advance(text: _Text, tokens: list[int], nodes: int, verify_ms: float) -> Step:
@@ -200,7 +200,11 @@ def decode(
             engine.commit(text.row, path)
             text.policy.update(text.choice, tree, path, text.draft_ms)
             kept = [text.tokens[-1], *tokens[:-1]]
-            text.observe(kept, None if features is None else features[path])
+            if features is not None:
+                # A slice is cheaper than a gather, and the best path is often the first.
+                whole = path == list(range(len(path)))
+                features = features[: len(path)] if whole else features[path]
+            text.observe(kept, features)
             steps.append(advance(text, tokens, len(tree), verify_ms))
         texts = [text for text, step in zip(texts, steps, strict=True) if not step.done]
         yield from steps

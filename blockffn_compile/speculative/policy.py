@@ -21,8 +21,8 @@ KEEP_GAIN, KEEP_HITS = 0.9, 0.98
 #: is on the drafter.
 PRIOR_STEPS = 0.5
 
-#: Share of the time that trying out drafters may cost; and what it may cost at the very start, in
-#: plain steps.
+#: Share of the time that trying out drafters may cost, all together; and what trying each may cost
+#: at the very start, in plain steps.
 TRIAL_SHARE, TRIAL_START = 0.02, 1.0
 
 #: Nodes of a trial: little more than a plain step, but enough to see a drafter succeed.
@@ -47,9 +47,10 @@ class Choice(NamedTuple):
 class _Record:
     """How a drafter fares: sums over its steps, the older counting less."""
 
+    trial_ms: float  # what trials of it may cost now
+    draft_ms: float  # mean of what one draft takes
     tokens: float = 0.0
     ms: float = 0.0
-    draft_ms: float = 0.0  # mean of what one draft takes
     reach: float = TRIAL_NODES  # the largest tree verified, by and by forgotten
     last_used: int = 0  # number of its latest step
 
@@ -79,44 +80,45 @@ class TreePolicy:
     tokens less those that the time would yield elsewhere; it maximises the rate in the long run
     (Dinkelbach, 1967). What the draft took is spent by then, and changes nothing.
 
-    **Trials.** A drafter that does not pay is tried again with a small tree as long as trials have
-    cost less than a hundredth of all time, so a change in the text is noticed at a bounded loss.
+    **Trials.** A drafter that does not pay is tried again with a small tree whenever it has saved
+    up what that will cost: together, drafters get a fiftieth of all time.  So a change in the text
+    is noticed at a bounded loss, and soonest where drafting is cheap.
 
     Args:
         cost: milliseconds of one verification by number of nodes; a tree between two sizes costs
             as much as the larger one. Must have 1, a plain step.
-        drafters: how many there are to choose from.
+        drafters: milliseconds that a draft of each is expected to take, until it has been seen.
 
     Raises:
         ValueError: a cost is missing or not positive, a size not within 1..64.
     """
 
-    def __init__(self, cost: Mapping[int, float], drafters: int) -> None:
+    def __init__(self, cost: Mapping[int, float], drafters: Sequence[float] = ()) -> None:
         if 1 not in cost or any(not 1 <= size <= MAX_NODES for size in cost):
             raise ValueError(f"sizes must be within 1..{MAX_NODES}, with 1, got {sorted(cost)}")
         if any(not 0 < ms < math.inf for ms in cost.values()):
             raise ValueError(f"costs must be positive, got {dict(cost)}")
-        if drafters < 0:
-            raise ValueError(f"the number of drafters must be >= 0, got {drafters}")
+        if any(not 0 <= ms < math.inf for ms in drafters):
+            raise ValueError(f"times of drafters must be >= 0, got {list(drafters)}")
         self._sizes = sorted(cost)
         self._costs = [cost[size] for size in self._sizes]
-        self._records = [_Record() for _ in range(drafters)]
+        self._records = [_Record(TRIAL_START * cost[1], ms) for ms in drafters]
         # Per drafter and depth: how many drafts were right, and how many it expected to be.
-        self._hits = np.zeros((drafters, 2, MAX_NODES))
+        self._hits = np.zeros((len(drafters), 2, MAX_NODES))
         self._steps = 0
-        self._trial_ms = TRIAL_START * cost[1]  # what trials may cost now
 
     def choose(self) -> Choice:
         """The drafter to ask next, and for how large a tree: double what was worth it lately."""
         best, rate = self._best()
-        others = [i for i in range(len(self._records)) if i != best]
-        if others:
-            other = min(others, key=lambda i: self._records[i].last_used)
-            nodes = min(TRIAL_NODES, self._sizes[-1])
+        nodes = min(TRIAL_NODES, self._sizes[-1])
+        ready = [
+            i
+            for i, record in enumerate(self._records)
             # A trial yields one token at least.
-            loss = self._cost(nodes) + self._records[other].draft_ms - 1 / rate
-            if loss <= self._trial_ms:
-                return Choice(other, nodes, True)
+            if i != best and self._cost(nodes) + record.draft_ms - 1 / rate <= record.trial_ms
+        ]
+        if ready:
+            return Choice(min(ready, key=lambda i: self._records[i].last_used), nodes, True)
         if best is None:
             return Choice(None, 1, False)
         wanted = bisect.bisect_left(self._sizes, 2 * self._records[best].reach)
@@ -147,11 +149,13 @@ class TreePolicy:
                 such as compilation, does not belong in there.
         """
         spent = self._cost(len(tree)) + draft_ms
-        if choice.trial:
+        if choice.trial and choice.drafter is not None:
             _, rate = self._best()
-            self._trial_ms -= max(0.0, spent - len(path) / rate)
-        saved_up = self._costs[-1] + max((r.draft_ms for r in self._records), default=0.0)
-        self._trial_ms = min(self._trial_ms + TRIAL_SHARE * spent, saved_up)
+            self._records[choice.drafter].trial_ms -= max(0.0, spent - len(path) / rate)
+        for record in self._records:
+            saved_up = self._costs[-1] + record.draft_ms
+            share = TRIAL_SHARE * spent / len(self._records)
+            record.trial_ms = min(record.trial_ms + share, saved_up)
 
         self._steps += 1
         self._hits *= KEEP_HITS

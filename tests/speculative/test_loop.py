@@ -98,7 +98,7 @@ def test_sampling(make, sampler):
 
 
 def test_under_the_policy_with_two_drafters():
-    policy = TreePolicy(CHEAP, 2)
+    policy = TreePolicy(CHEAP, [0.0, 0.0])
     makers = {"drafters": lambda: [Oracle(shift=1), Oracle()], "policy": policy}
     engine = TableEngine()
     (text,), steps = run(engine, [PROMPT], 900, **makers)
