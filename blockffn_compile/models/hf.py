@@ -27,21 +27,22 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    GenerationConfig,
-    GenerationMode,
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.logits_process import (
     LogitsProcessorList,
-    MaxLengthCriteria,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -110,13 +111,13 @@ class HFBlockFFNForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RotaryEmbedding):
             module.reset_tables(module.cos.device)
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         *args: Any,
         streamer: BaseStreamer | None = None,
         custom_generate: str | Callable | None = None,
         **kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> Any:
         """See :meth:`GenerationMixin.generate`."""
         if custom_generate is speculative_generate:
             # transformers itself hands a callable no streamer, though it puts the prompt there.
@@ -244,7 +245,7 @@ def speculative_generate(
         padding = min(eos, default=0)
     longest = max(map(len, texts))
     new = [text + [padding] * (longest - len(text)) for text in texts]
-    sequences = torch.cat([input_ids, input_ids.new_tensor(new)], dim=1)
+    sequences: Any = torch.cat([input_ids, input_ids.new_tensor(new)], dim=1)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)
     return sequences

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["demo", "generate", "explain", "sparsity", "train", "train-drafter"]
+COMMANDS = ["demo", "generate", "explain", "sparsity", "specbench", "train", "train-drafter"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -8,6 +11,10 @@ from blockffn_compile.generation import generate
 from blockffn_compile.models import hf
 from blockffn_compile.models.checkpoint import load_model, save_model
 from blockffn_compile.models.config import BlockFFNConfig, CheckpointError
+from blockffn_compile.models.eagle import EagleHead, eagle_config
+from blockffn_compile.speculative import eagle
+from tests.buckets import few_buckets
+from tests.conftest import make_config
 
 PROMPT = [5, 17, 3, 250, 17]
 
@@ -102,3 +109,177 @@ def test_a_fresh_model_is_initialised(tiny_config) -> None:
 def test_an_unsupported_config_is_named() -> None:
     with pytest.raises(CheckpointError, match="missing field"):
         hf.HFBlockFFNConfig().native()
+
+
+# --- Speculative decoding -------------------------------------------------------------------------
+
+PADDED = {
+    "inputs": torch.tensor([[0, 0, 0, *PROMPT], [9, 8, 7, 6, 5, 4, 3, 2]]),
+    "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Writes texts that repeat themselves, so that drafts are accepted."""
+    torch.manual_seed(0)
+    config = hf.HFBlockFFNConfig(**make_config().to_dict())
+    with few_buckets(1, 8):
+        yield hf.HFBlockFFNForCausalLM(config).eval()
+
+
+def speculative(model, inputs=None, **options) -> Any:
+    inputs = torch.tensor([PROMPT]) if inputs is None else inputs
+    options = {"max_new_tokens": 24, "do_sample": False} | options
+    return model.generate(inputs, custom_generate=hf.speculative_generate, **options)
+
+
+class Streamer:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.ended = False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        assert not self.ended
+        self.pieces.append(tokens.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_speculative_generation_is_the_greedy_one_and_streams(small) -> None:
+    streamer = Streamer()
+    tokens = speculative(small, streamer=streamer)
+    expected = small.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert streamer.pieces[0] == PROMPT
+    assert [*itertools.chain(*streamer.pieces)] == tokens[0].tolist()
+    assert any(len(piece) > 1 for piece in streamer.pieces[1:])
+    assert streamer.ended
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.8},
+        {"max_new_tokens": 1},
+        {"max_length": 11, "max_new_tokens": None},
+        {"eos_token_id": [287, 299], "pad_token_id": 1},
+        {"eos_token_id": 17},
+    ],
+    ids=str,
+)
+def test_speculative_generation_honours(small, options) -> None:
+    tokens = torch.tensor([PROMPT])
+    expected = small.generate(tokens, **{"max_new_tokens": 24, "do_sample": False} | options)
+    assert torch.equal(speculative(small, **options), expected)
+
+
+def test_speculative_generation_keeps_its_graphs(small, monkeypatch) -> None:
+    speculative(small)
+
+    def refuse(*_, **__):
+        raise AssertionError("another generator")
+
+    monkeypatch.setattr(hf, "Generator", refuse)
+    speculative(small, do_sample=True, max_new_tokens=3)
+    with pytest.raises(AssertionError, match="another"):
+        speculative(small, speculate="off")
+
+
+def test_speculative_sampling_is_seeded(small) -> None:
+    def sample(seed: int, **options) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return speculative(small, do_sample=True, **{"temperature": 1.5, "top_k": 0} | options)
+
+    first = sample(1)
+    assert torch.equal(sample(1), first)
+    assert not torch.equal(sample(2), first)
+    greedy = speculative(small)
+    assert not torch.equal(first, greedy)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-3}):
+        assert torch.equal(sample(1, **narrow), greedy), narrow
+
+
+def test_speculative_rows(make_model) -> None:
+    """Padded and not, each as alone; sequences of one prompt differ; a short row is padded."""
+    torch.manual_seed(0)
+    model = hf.HFBlockFFNForCausalLM(hf.HFBlockFFNConfig(**make_config().to_dict())).eval()
+    with few_buckets(1, 8):
+        greedy = {"max_new_tokens": 12, "do_sample": False}
+        expected = model.generate(**PADDED, **greedy)
+        tokens = speculative(model, **PADDED, **greedy)
+        assert torch.equal(tokens, expected)
+        eos = int(expected[0, 10])
+        assert eos not in expected[1, 8:]
+        ends = greedy | {"eos_token_id": eos, "pad_token_id": 1}
+        tokens = speculative(model, **PADDED, **ends)
+        assert torch.equal(tokens, model.generate(**PADDED, **ends))
+        assert tokens[0, -1] == 1
+
+        torch.manual_seed(3)
+        pair = speculative(model, do_sample=True, num_return_sequences=2)
+        torch.manual_seed(3)
+        assert torch.equal(speculative(model, do_sample=True)[0], pair[0])
+        assert not torch.equal(pair[0], pair[1])
+
+
+def test_speculative_generation_follows_the_dtype_and_drafts_with_a_head(monkeypatch) -> None:
+    monkeypatch.setattr(eagle, "COUNTS", (4, 64))
+    torch.manual_seed(0)
+    config = make_config()
+    model = hf.HFBlockFFNForCausalLM(hf.HFBlockFFNConfig(**config.to_dict())).eval()
+    head = EagleHead(eagle_config(config, 24)).eval().requires_grad_(False)
+    options: list[tuple[torch.dtype, dict[str, Any]]] = [
+        (torch.float32, {"speculate": "off"}),
+        (torch.bfloat16, {"speculate": "off"}),
+        (torch.bfloat16, {"speculate": "eagle", "head": head.to(torch.bfloat16)}),
+    ]
+    with few_buckets(1, 8):
+        for dtype, who in options:
+            model = model.to(dtype)
+            expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=6, do_sample=False)
+            assert torch.equal(speculative(model, max_new_tokens=6, **who), expected)
+
+
+def test_speculative_generation_ends_with_the_context(small) -> None:
+    tokens = torch.arange(125)[None]
+    assert speculative(small, tokens).shape == (1, 128)
+
+
+def test_speculative_output_as_a_dict(small) -> None:
+    output = speculative(small, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, speculative(small))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "not by beam_search"),
+        ({"prompt_lookup_num_tokens": 3}, "not by assisted_generation"),
+        ({"no_repeat_ngram_size": 2}, "no NoRepeatNGramLogitsProcessor"),
+        ({"do_sample": True, "typical_p": 0.5}, "no TypicalLogitsWarper"),
+        ({"max_time": 9.0}, "no MaxTimeCriteria"),
+        ({"output_scores": True}, "keeps nothing for output_scores"),
+        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "not from inputs_embeds"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "pad on the left"),
+        ({"attention_mask": torch.zeros(1, 5)}, "a text of 0 tokens"),
+        ({"inputs": torch.ones(2, 5).long(), "streamer": Streamer()}, "a streamer follows one row"),
+        ({"inputs": torch.ones(65, 5).long()}, "takes 64 rows, there are 65"),
+        ({"speculate": "magic"}, "speculate is 'magic'"),
+        ({"speculate": "eagle"}, "needs a draft head"),
+    ],
+    ids=str,
+)
+def test_what_speculative_generation_refuses(small, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        speculative(small, **options)
+
+
+def test_speculative_generation_does_not_go_on_from_a_cache(small) -> None:
+    cache = transformers.DynamicCache()
+    small(torch.tensor([PROMPT[:3]]), cache=cache)
+    with pytest.raises(ValueError, match="cannot go on from another"):
+        speculative(small, cache=cache)
