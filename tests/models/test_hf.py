@@ -12,7 +12,6 @@ from blockffn_compile.models import hf
 from blockffn_compile.models.checkpoint import load_model, save_model
 from blockffn_compile.models.config import BlockFFNConfig, CheckpointError
 from blockffn_compile.models.eagle import EagleHead, eagle_config
-from blockffn_compile.speculative import eagle
 from tests.buckets import few_buckets
 from tests.conftest import make_config
 
@@ -226,8 +225,7 @@ def test_speculative_rows(make_model) -> None:
         assert not torch.equal(pair[0], pair[1])
 
 
-def test_speculative_generation_follows_the_dtype_and_drafts_with_a_head(monkeypatch) -> None:
-    monkeypatch.setattr(eagle, "COUNTS", (4, 64))
+def test_speculative_generation_follows_the_dtype_and_drafts_with_a_head() -> None:
     torch.manual_seed(0)
     config = make_config()
     model = hf.HFBlockFFNForCausalLM(hf.HFBlockFFNConfig(**config.to_dict())).eval()

@@ -54,14 +54,12 @@ def texts(generator: Generator, prompts, count: int, **options) -> list[list[int
 # --- The generator --------------------------------------------------------------------------------
 
 
-def test_progress_counts_every_graph(made, model, monkeypatch) -> None:
+def test_progress_counts_every_graph(made, model) -> None:
     assert made[1] == [(1, 2), (2, 2)]
     calls: list[tuple[int, int]] = []
     Generator(model, "off", progress=lambda *call: calls.append(call))
     assert calls == [(1, 1)]
     calls.clear()
-    for module in ("eagle", "generator"):
-        monkeypatch.setattr(f"blockffn_compile.speculative.{module}.COUNTS", (4, 64))
     head = EagleHead(eagle_config(model.config, 24)).eval().requires_grad_(False)
     generator = Generator(model, head=head, progress=lambda *call: calls.append(call))
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
