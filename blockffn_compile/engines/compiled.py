@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from blockffn_compile.backend import blockffn
 
-OPTIONS = {"linears": True, "size_asserts": False}
+OPTIONS = {
+    "linears": True,
+    "size_asserts": False,
+    # Inductor sums one row in parallel, and unrolls short sums of several rows: both would make
+    # a token's bits depend on the token count.
+    "cpp.min_chunk_size": 2**31,
+    "unroll_reductions_threshold": 0,
+}
 
 
 def compile_once(
@@ -45,7 +53,10 @@ def compile_once(
 
         return first_call
 
-    jit: Any = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+    # Every graph here is of the same few functions, which Dynamo would count as recompilations.
+    jit: Any = functools.partial(torch.compile, isolate_recompiles=True)(
+        function, backend=backend, fullgraph=True, dynamic=False
+    )
     results = jit(*constants, *example)
     # Where the graph, whose arguments and results have an order of their own, has ours.
     inputs = [(i, j) for i, arg in enumerate(flat) for j, t in enumerate(example) if arg is t]

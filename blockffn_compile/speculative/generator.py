@@ -71,7 +71,8 @@ class Generator:
         if speculate in ("auto", "eagle") and head is not None:
             eagle = EagleModel(model, head, self.engine.max_length)
             self._makers.append(lambda: EagleDrafter(eagle))
-        buckets = BUCKETS if self._makers else BUCKETS[:1]
+        # Plain decoding verifies a node for each text.
+        buckets = BUCKETS if self._makers else [n for n in BUCKETS if n < 2 * rows]
         total, done = len(buckets) + (len(COUNTS) if eagle else 0), 0
 
         def tick(bucket: int) -> None:
@@ -131,7 +132,9 @@ def stop_at(tokenizer: Tokenizer, strings: Sequence[str]) -> Stop:
 
     def stop(tokens: Sequence[int]) -> int | None:
         for end in range(max(1, len(tokens) - BUCKETS[-1]), len(tokens) + 1):
-            text = tokenizer.decode(list(tokens[max(0, end - reach) : end]))
+            text = tokenizer.decode(
+                list(tokens[max(0, end - reach) : end]), skip_special_tokens=False
+            )
             if any(string in text for string in strings):
                 return end
         return None

@@ -88,7 +88,7 @@ class Always(TreePolicy):
     """Drafts in every step, with each of the drafters in turn, and verifies all of it."""
 
     def __init__(self, nodes: int, drafters: int = 1) -> None:
-        super().__init__({1: 1.0, 64: 1.0}, drafters)
+        super().__init__({1: 1.0, 64: 1.0}, [0.0] * drafters)
         self._turns, self._nodes = itertools.cycle(range(drafters)), nodes
 
     def choose(self) -> Choice:

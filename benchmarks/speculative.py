@@ -1,0 +1,282 @@
+"""Speculative decoding: the bundled model on real prompts, and the 2.8B shape on replayed traces.
+
+Run: ``python -m benchmarks.speculative bundled`` or ``... scale`` [--json FILE].  Every speculative
+run must give the tokens of plain decoding, or there is no number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+
+from benchmarks.first_light import PEERS, routing
+from blockffn_compile.engines.torch_engine import TorchEngine
+from blockffn_compile.generation import compile_step, new_cache
+from blockffn_compile.layer import BlockFFN
+from blockffn_compile.models import bundled_path
+from blockffn_compile.models.cache import StaticCache
+from blockffn_compile.models.checkpoint import load_model
+from blockffn_compile.models.config import BlockFFNConfig
+from blockffn_compile.models.eagle import EagleHead, eagle_config, load_eagle
+from blockffn_compile.models.modeling import BlockFFNForCausalLM
+from blockffn_compile.speculative.eagle import DEPTH, EagleModel
+from blockffn_compile.speculative.generator import Generator
+from blockffn_compile.speculative.loop import Step
+from blockffn_compile.speculative.sampling import Sampler
+from blockffn_compile.speculative.tree import DraftTree
+from blockffn_compile.training import corpus
+
+PROMPT, NEW, PROMPTS = 96, 160, 12
+
+
+def record(work: str, subject: str, peer: str, ms: float, peer_ms: float) -> dict[str, Any]:
+    ratio = peer_ms / ms
+    return {"work": work, "subject": subject, "peer": peer, "subject_ms": ms, "peer_ms": peer_ms,
+            "ratio": ratio, "gate": True}  # fmt: skip
+
+
+# --- The bundled model ----------------------------------------------------------------------------
+
+
+def prompts(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+    """Code to complete, from held-out files; and tokens without any sense."""
+    held_out = corpus.encode(tokenizer, True)
+    stride = len(held_out) // PROMPTS
+    code = [held_out[i * stride : i * stride + PROMPT].tolist() for i in range(PROMPTS)]
+    generator = torch.Generator().manual_seed(0)
+    size = tokenizer.get_vocab_size()
+    noise = torch.randint(1, size, (PROMPTS, PROMPT), generator=generator).tolist()
+    return {
+        "code, greedy": code,
+        "code, temperature 1": code,
+        "random tokens, temperature 1": noise,
+    }
+
+
+def write(generator: Generator, text: list[int], sampler: Sampler) -> tuple[list[Step], float]:
+    """The steps after the prompt's, and their milliseconds."""
+    steps = generator([text], NEW, sampler=sampler)
+    first = next(steps)
+    start = time.perf_counter()
+    rest = list(steps)
+    return [first, *rest], (time.perf_counter() - start) * 1e3
+
+
+def plain_inductor(model: BlockFFNForCausalLM, text: list[int]) -> float:
+    """Milliseconds a token of greedy decoding under stock Inductor."""
+    step, cache = compile_step(model, "inductor"), new_cache(model, PROMPT + NEW)
+    token = step(torch.tensor(text), torch.arange(PROMPT), cache).argmax()
+    start = time.perf_counter()
+    for position in range(PROMPT, PROMPT + NEW):
+        token = step(token.view(1), torch.tensor([position]), cache).argmax()
+    return (time.perf_counter() - start) * 1e3 / NEW
+
+
+def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
+    model = load_model(bundled_path(), dtype=torch.bfloat16)
+    tokenizer = Tokenizer.from_file(str(bundled_path() / "tokenizer.json"))
+    head = load_eagle(drafter, model) if drafter.is_dir() else None
+    subjects = {}
+    for speculate in ("off", "ngram", *(("eagle", "auto") if head else ())):
+        with console.status(f"compiling for speculate={speculate}"):
+            subjects[speculate] = Generator(
+                model, speculate, head=head, max_length=PROMPT + NEW + 64
+            )
+    records = []
+    for work, texts in prompts(tokenizer).items():
+        sampler = Sampler(0.0 if "greedy" in work else 1.0, seed=0)
+        ms: dict[str, list[float]] = {name: [] for name in ["inductor", *subjects]}
+        steps: dict[str, list[Step]] = {name: [] for name in subjects}
+        for text in texts:
+            expected = None
+            for name, generator in subjects.items():
+                done, taken = write(generator, text, sampler)
+                tokens = [token for step in done for token in step.tokens]
+                expected = expected or tokens
+                if tokens != expected:
+                    raise SystemExit(f"{work}: {name} writes other tokens than plain decoding")
+                ms[name].append(taken / max(1, len(tokens) - len(done[0].tokens)))
+                steps[name] += done[1:]
+            with torch.no_grad():
+                ms["inductor"].append(plain_inductor(model, text))
+        table = Table(title=f"bundled model, bf16: {work}")
+        for column in ("", "tokens/s", "over plain", "over Inductor", "tokens a step", "nodes"):
+            table.add_column(column)
+        # Skip the first prompt: the policy and the caches start there.
+        mean = {name: statistics.mean(values[1:]) for name, values in ms.items()}
+        for name, value in mean.items():
+            done = steps.get(name, [])
+            row = [f"{1e3 / value:.0f}", f"{mean['off'] / value:.2f}x"]
+            row.append(f"{mean['inductor'] / value:.2f}x")
+            if done:
+                row.append(f"{sum(len(s.tokens) for s in done) / len(done):.2f}")
+                row.append(f"{statistics.mean(s.nodes for s in done):.1f}")
+            table.add_row(f"speculate={name}" if done else name, *row)
+            if name not in ("off", "inductor"):
+                records.append(record(work, f"speculate={name}", "off", value, mean["off"]))
+                records.append(
+                    record(work, f"speculate={name}", "inductor", value, mean["inductor"])
+                )
+        console.print(table)
+    return records
+
+
+# --- The 2.8B shape -------------------------------------------------------------------------------
+
+SCALE = BlockFFNConfig(
+    vocab_size=122753,
+    hidden_size=2048,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    ffn_type="block_linear",
+    num_experts=128,
+    expert_size=128,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
+#: Published for the 2.8B model: experts in the union of 32 tokens, of one; mean accepted length.
+UNION, PAIRS, ACCEPTED = 0.3086, 0.1245, 2.66
+CONTEXT, TREE, DRAFT_VOCABULARY, DRAFT_WIDTH = 256, 32, 32768, 6144
+
+
+class ReplayedRouter(nn.Module):
+    """The router's product, with the zeros of a recorded trace instead of its own."""
+
+    def __init__(self, weight: nn.Parameter, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = weight
+        for tokens, union in ((1, PAIRS), (TREE, UNION)):
+            self.register_buffer(f"trace{tokens}", routing(tokens, union, PAIRS, generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight).abs() * getattr(self, f"trace{len(x)}")
+
+
+def scale_model() -> BlockFFNForCausalLM:
+    """Random weights, each in memory of its own, and replayed routing."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(1 << 22, generator=generator).mul_(0.02).to(torch.bfloat16)
+    with torch.device("meta"):
+        model = BlockFFNForCausalLM(SCALE).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        if "norm" in name:
+            flat.fill_(1)
+        else:
+            for part in flat.split(len(block)):
+                part.copy_(block[: len(part)])
+    model.model.rotary.reset_tables(torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(module, BlockFFN):
+            module.router_proj = ReplayedRouter(module.router_proj.weight, generator)  # type: ignore[assignment]
+    return model.eval().requires_grad_(False)
+
+
+def median_ms(call: Callable[[], object], calls: int = 9) -> float:
+    call()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def scale_subject(name: str) -> dict[str, float]:
+    """Milliseconds of one subject, in a process that has room for it alone."""
+    model = scale_model()
+    if name == "blockffn":
+        engine = TorchEngine(model, max_length=CONTEXT + 64)
+        engine._lengths[0] = CONTEXT  # what is in the cache costs the same whatever it says
+        tree = DraftTree.chain(0, list(range(1, TREE)), [0.0] * (TREE - 1))
+        result = {
+            "plain": median_ms(lambda: engine.verify({0: DraftTree.root(0)})),
+            "verify": median_ms(lambda: engine.verify({0: tree})),
+        }
+        config = eagle_config(SCALE, DRAFT_WIDTH)
+        head = EagleHead(config, torch.arange(DRAFT_VOCABULARY)).to(torch.bfloat16).eval()
+        eagle = EagleModel(model, head, CONTEXT + 64)
+        list(eagle.warm_up())
+        return result | {"draft": eagle.level_ms * DEPTH}
+    options = PEERS[name]
+    step = torch.compile(
+        lambda tokens, positions, cache: model(tokens[None], positions, cache)[0, -1],
+        backend="inductor", options=options or None, fullgraph=True,
+    )  # fmt: skip
+    cache = StaticCache(SCALE, 1, CONTEXT + 64, torch.bfloat16)
+    tokens, positions = torch.zeros(1, dtype=torch.long), torch.tensor([CONTEXT])
+    with inductor_config.patch(options):
+        step(tokens, positions, cache)
+    return {"plain": median_ms(lambda: step(tokens, positions, cache))}
+
+
+def scale(console: Console) -> list[dict[str, Any]]:
+    ms: dict[str, dict[str, float]] = {}
+    for name in ("blockffn", *PEERS):
+        with console.status(f"2.8B shape: {name}"):
+            command = [sys.executable, "-m", "benchmarks.speculative", "subject", "--name", name]
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            ms[name] = json.loads(run.stdout.splitlines()[-1])
+    ours = ms.pop("blockffn")
+    best = min(ms, key=lambda name: ms[name]["plain"])
+    dense = ms[best]["plain"]
+    speculative = (ours["draft"] + ours["verify"]) / ACCEPTED
+    table = Table(title=f"2.8B shape, bf16, {CONTEXT} tokens of context; random weights, replayed "
+                        f"routing, {ACCEPTED} tokens accepted a step as published")  # fmt: skip
+    for column in ("", "ms a token", "faster than the best dense", "bar"):
+        table.add_column(column)
+    for name, value in ms.items():
+        label = f"dense, {name} (best)" if name == best else f"dense, {name}"
+        table.add_row(label, f"{value['plain']:.1f}", f"{dense / value['plain']:.2f}x")
+    table.add_row(
+        "blockffn, plain", f"{ours['plain']:.1f}", f"{dense / ours['plain']:.2f}x", "2.9x"
+    )
+    detail = (
+        f"blockffn, EAGLE: draft {ours['draft']:.0f} + verify {TREE} nodes {ours['verify']:.0f}"
+    )
+    table.add_row(detail, f"{speculative:.1f}", f"{dense / speculative:.2f}x", "3.67x")
+    console.print(table)
+    return [
+        record("2.8B shape, replayed", "plain", best, ours["plain"], dense),
+        record("2.8B shape, replayed", "eagle", best, speculative, dense),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", choices=("bundled", "scale", "subject"))
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--drafter", type=Path, default=bundled_path() / "drafter")
+    parser.add_argument("--json", type=Path, help="write benchmark records here")
+    options = parser.parse_args()
+    if options.work == "subject":
+        print(json.dumps(scale_subject(options.name)))
+        return
+    console = Console(width=110)
+    console.print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}")
+    work = options.work
+    records = bundled(options.drafter, console) if work == "bundled" else scale(console)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
