@@ -37,6 +37,7 @@ from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.speculative.eagle import DEPTH, EagleModel
 from blockffn_compile.speculative.generator import Generator
 from blockffn_compile.speculative.loop import Step
+from blockffn_compile.speculative.policy import Choice, TreePolicy
 from blockffn_compile.speculative.sampling import Sampler
 from blockffn_compile.speculative.tree import DraftTree
 from blockffn_compile.training import corpus
@@ -66,6 +67,16 @@ def prompts(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
         "code, temperature 1": code,
         "random tokens, temperature 1": noise,
     }
+
+
+class Always(TreePolicy):
+    """Verifies the most probable 16 nodes of every draft."""
+
+    def choose(self) -> Choice:
+        return Choice(0, 16, False)
+
+    def trim(self, choice: Choice, tree: DraftTree) -> DraftTree:
+        return tree
 
 
 def write(generator: Generator, text: list[int], sampler: Sampler) -> tuple[list[Step], float]:
@@ -133,6 +144,15 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
                     record(work, f"speculate={name}", "inductor", value, mean["inductor"])
                 )
         console.print(table)
+    if head:
+        subjects["eagle"]._policies[1] = Always({1: 1.0, 64: 1.0}, [0.0])
+        for work, texts in prompts(tokenizer).items():
+            sampler = Sampler(0.0 if "greedy" in work else 1.0, seed=0)
+            done = [
+                step for text in texts for step in write(subjects["eagle"], text, sampler)[0][1:]
+            ]
+            length = sum(len(step.tokens) for step in done) / len(done)
+            console.print(f"EAGLE, 16 nodes in every step, {work}: {length:.2f} tokens a step")
     return records
 
 
@@ -185,7 +205,7 @@ def scale_model() -> BlockFFNForCausalLM:
     model.model.rotary.reset_tables(torch.device("cpu"))
     for module in model.modules():
         if isinstance(module, BlockFFN):
-            module.router_proj = ReplayedRouter(module.router_proj.weight, generator)  # type: ignore[assignment]
+            module.router_proj = ReplayedRouter(module.router_proj.weight, generator)  # type: ignore
     return model.eval().requires_grad_(False)
 
 

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from blockffn_compile.explain import explain
     from blockffn_compile.generation import generate
     from blockffn_compile.models.checkpoint import load_model
+    from blockffn_compile.models.eagle import load_eagle
+    from blockffn_compile.speculative.generator import Generator
 
 __version__ = "0.1.0"
-__all__ = ["explain", "generate", "load_model"]
+__all__ = ["Generator", "explain", "generate", "load_eagle", "load_model"]
 
 _HOMES = {
     "explain": "blockffn_compile.explain",
     "generate": "blockffn_compile.generation",
     "load_model": "blockffn_compile.models.checkpoint",
+    "load_eagle": "blockffn_compile.models.eagle",
+    "Generator": "blockffn_compile.speculative.generator",
 }
 
 

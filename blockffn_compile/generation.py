@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from blockffn_compile.models.cache import StaticCache
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
+
+if TYPE_CHECKING:
+    from blockffn_compile.models.eagle import EagleHead
+    from blockffn_compile.speculative.generator import Speculate
 
 #: (tokens [T], positions [T], cache) -> logits [vocab_size] of the last token.
 Step = Callable[[Tensor, Tensor, StaticCache], Tensor]
@@ -104,6 +108,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int | None = None,
+    speculate: Speculate = "off",
+    head: EagleHead | None = None,
 ) -> Iterator[int]:
     """Continues a text token by token.
 
@@ -118,6 +124,9 @@ def generate(
         temperature: 0 for greedy decoding.
         top_k: sample from the best k only.
         seed: of the sampling; without one, PyTorch's global generator draws.
+        speculate: who drafts tokens ahead, see :class:`Generator`, which this makes anew for each
+            call: make one yourself for several texts, or to see what a step did.
+        head: an EAGLE draft head, for ``eagle`` and ``auto``.
 
     Returns:
         An iterator over token ids; each is computed when it is asked for.
@@ -137,6 +146,21 @@ def generate(
         raise ValueError("temperature and max_new_tokens must be >= 0, and top_k >= 1")
     generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     end = min(len(prompt) + max_new_tokens, longest)
+    if speculate != "off":
+        if backend != "blockffn":
+            raise ValueError(f"speculate={speculate!r} needs backend='blockffn', not {backend!r}")
+        from blockffn_compile.speculative.generator import Generator
+        from blockffn_compile.speculative.sampling import Sampler
+
+        writer = Generator(model, speculate, head=head, max_length=end)
+        eos = model.config.eos_token_id
+        steps = writer(
+            [prompt.tolist()],
+            max_new_tokens,
+            sampler=Sampler(temperature, top_k, seed=seed),
+            stop_tokens=() if eos is None else (eos,),
+        )
+        return (token for step in steps for token in step.tokens)
 
     # The mode is left at each yield: the decorator, unlike a `with` block, sees to it.
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def attention(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (q, keys.to(dtype), values.to(dtype), *places)
 
 
-CASES = {
+CASES: dict[str, tuple[Any, Any]] = {
     "ffn": (OPS.chunk_sparse_ffn, lambda n, dtype: ffn(torch.randn(n, 16).to(dtype), False)),
     "gated_ffn": (OPS.chunk_sparse_ffn, lambda n, dtype: ffn(torch.randn(n, 16).to(dtype), True)),
     "linear": (

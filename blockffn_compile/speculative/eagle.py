@@ -148,12 +148,16 @@ class EagleDrafter:
             raise ValueError("EAGLE drafts from the target's features, and the engine gives none")
         self._tokens += tokens
         self._features.append(features)
-        # A long prompt, or a long time without drafting, is not left to the next proposal.
-        while len(self._tokens) > COUNTS[-1]:
-            self._extend(self._tokens[1 : COUNTS[-1] + 1])
+        if self._length == 0:
+            while len(self._tokens) > COUNTS[-1]:
+                self._extend(self._tokens[1 : COUNTS[-1] + 1])
+        elif len(self._tokens) > 2 * COUNTS[-1]:
+            self._drop_old()
 
     def propose(self, root: int, nodes: int) -> DraftTree:
         """See :class:`Drafter`."""
+        if len(self._tokens) > COUNTS[-1]:
+            self._drop_old()
         guesses = self._extend([*self._tokens[1:], root])
         builder = TreeBuilder(root)
         depth = min(DEPTH, nodes - 1, self._cache.max_len - self._length - WIDTH * DEPTH)
@@ -179,6 +183,12 @@ class EagleDrafter:
             before = frontier
             run += WIDTH
         return builder.build(nodes)
+
+    def _drop_old(self) -> None:
+        """After long not being asked, the head does without what lies far back: catching up costs
+        more than that is worth."""
+        self._tokens = self._tokens[-COUNTS[-1] :]
+        self._features = [torch.cat(self._features)[-COUNTS[-1] :]]
 
     def _extend(self, tokens: list[int]) -> Guesses | None:
         """Takes the next observed tokens, at most 64, with what follows each into the cache.

@@ -23,7 +23,7 @@ PRIOR_STEPS = 0.5
 
 #: Share of the time that trying out drafters may cost, all together; and what trying each may cost
 #: at the very start, in plain steps.
-TRIAL_SHARE, TRIAL_START = 0.02, 1.0
+TRIAL_SHARE, TRIAL_START = 0.01, 1.0
 
 #: Nodes of a trial: little more than a plain step, but enough to see a drafter succeed.
 TRIAL_NODES = 4
@@ -41,6 +41,9 @@ class Choice(NamedTuple):
     drafter: int | None
     nodes: int
     trial: bool
+
+
+PLAIN = Choice(None, 1, False)
 
 
 @dataclass
@@ -81,8 +84,8 @@ class TreePolicy:
     (Dinkelbach, 1967). What the draft took is spent by then, and changes nothing.
 
     **Trials.** A drafter that does not pay is tried again with a small tree whenever it has saved
-    up what that will cost: together, drafters get a fiftieth of all time.  So a change in the text
-    is noticed at a bounded loss, and soonest where drafting is cheap.
+    up what that will cost: together, drafters get a hundredth of all time.  So a change in the
+    text is noticed at a bounded loss, and soonest where drafting is cheap.
 
     Args:
         cost: milliseconds of one verification by number of nodes; a tree between two sizes costs
@@ -106,21 +109,29 @@ class TreePolicy:
         # Per drafter and depth: how many drafts were right, and how many it expected to be.
         self._hits = np.zeros((len(drafters), 2, MAX_NODES))
         self._steps = 0
+        # Plain steps since the records were last brought up to date, and until that is needed.
+        self._plain, self._wait = 0, 0
 
     def choose(self) -> Choice:
         """The drafter to ask next, and for how large a tree: double what was worth it lately."""
+        if self._plain < self._wait:
+            return PLAIN
+        self._pass_plain_steps()
         best, rate = self._best()
         nodes = min(TRIAL_NODES, self._sizes[-1])
-        ready = [
-            i
+        # What a trial, which yields one token at least, costs above what is saved up for it.
+        missing = {
+            i: self._cost(nodes) + record.draft_ms - 1 / rate - record.trial_ms
             for i, record in enumerate(self._records)
-            # A trial yields one token at least.
-            if i != best and self._cost(nodes) + record.draft_ms - 1 / rate <= record.trial_ms
-        ]
+            if i != best
+        }
+        ready = [i for i, ms in missing.items() if ms <= 0]
         if ready:
             return Choice(min(ready, key=lambda i: self._records[i].last_used), nodes, True)
         if best is None:
-            return Choice(None, 1, False)
+            income = TRIAL_SHARE * self._costs[0] / max(1, len(self._records))
+            self._wait = math.ceil(min(missing.values()) / income) if missing else 1
+            return PLAIN
         wanted = bisect.bisect_left(self._sizes, 2 * self._records[best].reach)
         return Choice(best, self._sizes[min(wanted, len(self._sizes) - 1)], False)
 
@@ -148,22 +159,15 @@ class TreePolicy:
             draft_ms: milliseconds that the drafter took, 0 without one. What happens only once,
                 such as compilation, does not belong in there.
         """
+        if choice.drafter is None:
+            self._plain += 1
+            return
+        self._pass_plain_steps()
         spent = self._cost(len(tree)) + draft_ms
-        if choice.trial and choice.drafter is not None:
+        if choice.trial:
             _, rate = self._best()
             self._records[choice.drafter].trial_ms -= max(0.0, spent - len(path) / rate)
-        for record in self._records:
-            saved_up = self._costs[-1] + record.draft_ms
-            share = TRIAL_SHARE * spent / len(self._records)
-            record.trial_ms = min(record.trial_ms + share, saved_up)
-
-        self._steps += 1
-        self._hits *= KEEP_HITS
-        for record in self._records:
-            record.tokens *= KEEP_GAIN
-            record.ms *= KEEP_GAIN
-        if choice.drafter is None:
-            return
+        self._age(1, spent)
         record = self._records[choice.drafter]
         record.tokens += len(path)
         record.ms += spent
@@ -177,6 +181,21 @@ class TreePolicy:
                 nodes = list(children.values())
                 hits[depth] += depth < len(path)
                 expected[depth] += np.exp(tree.log_probs[nodes] - tree.log_probs[node]).sum()
+
+    def _pass_plain_steps(self) -> None:
+        if self._plain:
+            self._age(self._plain, self._plain * self._costs[0])
+        self._plain = self._wait = 0
+
+    def _age(self, steps: int, ms: float) -> None:
+        """Lets that much time go by for the records."""
+        self._steps += steps
+        self._hits *= KEEP_HITS**steps
+        for record in self._records:
+            record.tokens *= KEEP_GAIN**steps
+            record.ms *= KEEP_GAIN**steps
+            share = TRIAL_SHARE * ms / len(self._records)
+            record.trial_ms = min(record.trial_ms + share, self._costs[-1] + record.draft_ms)
 
     def _best(self) -> tuple[int | None, float]:
         """The drafter to use, and its tokens per millisecond; None where plain decoding is best."""
