@@ -1,7 +1,7 @@
-"""Speculative decoding: the bundled model on real prompts, and the 2.8B shape on replayed traces.
+"""Speculative decoding: the bundled model on real prompts, the 2.8B shape on replayed traces.
 
-Run: ``python -m benchmarks.speculative bundled`` or ``... scale`` [--json FILE].  Every speculative
-run must give the tokens of plain decoding, or there is no number.
+Run: ``python -m benchmarks.speculative bundled`` (or ``hf``, or ``scale``) [--json FILE].  Every
+speculative run of the first must give the tokens of plain decoding, or there is no number.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ from blockffn_compile.training import corpus
 PROMPT, NEW, PROMPTS = 96, 160, 12
 
 
-def record(work: str, subject: str, peer: str, ms: float, peer_ms: float) -> dict[str, Any]:
+def record(
+    work: str, subject: str, peer: str, ms: float, peer_ms: float, gate: bool = True
+) -> dict[str, Any]:
     ratio = peer_ms / ms
     return {"work": work, "subject": subject, "peer": peer, "subject_ms": ms, "peer_ms": peer_ms,
-            "ratio": ratio, "gate": True}  # fmt: skip
+            "ratio": ratio, "gate": gate}  # fmt: skip
 
 
 # --- The bundled model ----------------------------------------------------------------------------
@@ -154,6 +156,53 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
             length = sum(len(step.tokens) for step in done) / len(done)
             console.print(f"EAGLE, 16 nodes in every step, {work}: {length:.2f} tokens a step")
     return records
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+
+def hugging_face(console: Console) -> list[dict[str, Any]]:
+    """Their prompt lookup and assisted generation against ours, through the same ``generate``."""
+    from transformers import AutoModelForCausalLM
+
+    from blockffn_compile.models import hf
+
+    model = AutoModelForCausalLM.from_pretrained(bundled_path(), dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(bundled_path() / "tokenizer.json"))
+    texts = [torch.tensor([text]) for text in prompts(tokenizer)["code, greedy"]]
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    ways: dict[str, dict[str, Any]] = {
+        "blockffn": {"custom_generate": hf.speculative_generate, "speculate": "ngram"},
+        "transformers": {},
+        "transformers, prompt lookup": {"prompt_lookup_num_tokens": 8},
+        "transformers, assisted by itself": {"assistant_model": model},
+    }
+    ms: dict[str, float] = {}
+    outputs: dict[str, list[list[int]]] = {}
+    for name, extra in ways.items():
+        model.generate(texts[0], **options, **extra)
+        start = time.perf_counter()
+        outputs[name] = [model.generate(text, **options, **extra)[0].tolist() for text in texts]
+        ms[name] = (time.perf_counter() - start) * 1e3 / (NEW * len(texts))
+    table = Table("", "ms a token", "blockffn is faster by", "texts that are the same",
+                  title="model.generate, bundled model, fp32, greedy, held-out code")  # fmt: skip
+    for name, value in ms.items():
+        same = sum(a == b for a, b in zip(outputs[name], outputs["blockffn"], strict=True))
+        ratio = f"{value / ms['blockffn']:.2f}x"
+        table.add_row(name, f"{value:.2f}", ratio, f"{same} of {len(texts)}")
+    console.print(table)
+    return [
+        record(
+            "code, greedy, fp32",
+            "blockffn",
+            name,
+            ms["blockffn"],
+            value,
+            outputs[name] == outputs["blockffn"],
+        )
+        for name, value in ms.items()
+        if name != "blockffn"
+    ]
 
 
 # --- The 2.8B shape -------------------------------------------------------------------------------
@@ -282,7 +331,7 @@ def scale(console: Console) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=("bundled", "scale", "subject"))
+    parser.add_argument("work", choices=("bundled", "hf", "scale", "subject"))
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--drafter", type=Path, default=bundled_path() / "drafter")
     parser.add_argument("--json", type=Path, help="write benchmark records here")
@@ -292,8 +341,10 @@ def main() -> None:
         return
     console = Console(width=110)
     console.print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}")
-    work = options.work
-    records = bundled(options.drafter, console) if work == "bundled" else scale(console)
+    if options.work == "bundled":
+        records = bundled(options.drafter, console)
+    else:
+        records = hugging_face(console) if options.work == "hf" else scale(console)
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n")
 
