@@ -413,7 +413,8 @@ def test_a_model_writes_the_same_with_drafts(engines, eagle, kind, sampler):
     texts, steps = run(engines[0], prompts, 500, sampler=sampler, **drafting(make, 4))
     assert texts == want
     assert any(step.nodes > 1 for step in steps)
-    assert any(step.drafted for step in steps)
+    # A head of random weights is right by chance only.
+    assert kind == "eagle" or any(step.drafted for step in steps)
     (alone,), _ = run(engines[0], prompts[:1], 500, sampler=sampler, **drafting(make))
     assert alone == want[0]
 
