@@ -93,6 +93,9 @@ class TorchEngine:
         self._check_tokens(tokens)
         self._verified.pop(row, None)
         self._lengths[row] = len(tokens)
+        for stored in (*self.cache.keys, *self.cache.values):
+            # Prefill multiplies hidden slots by zero: a NaN of an earlier text would survive that.
+            stored[row, :, len(tokens) :] = 0
         device = self.model.lm_head.weight.device
         run = torch.tensor(list(tokens), device=device)
         positions = torch.arange(len(run), device=device)

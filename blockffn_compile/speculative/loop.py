@@ -81,6 +81,7 @@ class _Text:
                 raise ValueError(f"the tree's root is {tree.tokens[0]}, the text ends in {root}")
         except Exception as error:
             self._drop(index, error)
+            self.choice = Choice(None, 1, False)
             return DraftTree.root(root)
         self.draft_ms = (time.perf_counter() - start) * 1e3
         return self.policy.trim(self.choice, tree)
@@ -95,7 +96,6 @@ class _Text:
     def _drop(self, index: int, error: Exception) -> None:
         log.warning("drafter %s failed and is left out: %s", self.drafters[index].name, error)
         self.drafters[index] = _Silent()
-        self.choice = Choice(None, 1, False)
 
 
 class _Silent:
