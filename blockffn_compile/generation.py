@@ -153,12 +153,11 @@ def generate(
         from blockffn_compile.speculative.sampling import Sampler
 
         writer = Generator(model, speculate, head=head, max_length=end)
-        eos = model.config.eos_token_id
         steps = writer(
             [prompt.tolist()],
             max_new_tokens,
             sampler=Sampler(temperature, top_k, seed=seed),
-            stop_tokens=() if eos is None else (eos,),
+            stop_tokens=model.config.stop_tokens,
         )
         return (token for step in steps for token in step.tokens)
 

@@ -93,12 +93,11 @@ def generate(
                 fail("no draft head; name one with --drafter, or train it: blockffn train-drafter")
         length = min(len(tokens) + max_new_tokens, model.config.max_position_embeddings)
         writer = make_generator(model, speculate, head, length)
-        eos = model.config.eos_token_id
         steps = writer(
             [tokens],
             max_new_tokens,
             sampler=sampler,
-            stop_tokens=() if eos is None else (eos,),
+            stop_tokens=model.config.stop_tokens,
             stop=ends,
         )
     else:

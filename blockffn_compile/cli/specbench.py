@@ -174,9 +174,8 @@ def specbench(
 
 def answer(generator: Generator, prompt: Sequence[int], max_new_tokens: int) -> Answer:
     """Continues a prompt greedily, up to the end-of-text token."""
-    eos = generator.engine.model.config.eos_token_id
+    stop_tokens = generator.engine.model.config.stop_tokens
     start = time.perf_counter()
-    stop_tokens = () if eos is None else (eos,)
     steps = list(generator([prompt], max_new_tokens, stop_tokens=stop_tokens))
     seconds = time.perf_counter() - start
     tokens = [token for step in steps for token in step.tokens]

@@ -9,11 +9,20 @@ import typer
 
 from blockffn_compile.cli.common import fail, reporting
 from blockffn_compile.cli.progress import run_to_end
+from blockffn_compile.cli.run_options import (
+    BatchOption,
+    DeviceOption,
+    OutOption,
+    SaveEveryOption,
+    SeedOption,
+    StepsOption,
+    WeightDecayOption,
+)
 from blockffn_compile.training.config import TrainConfig
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished one is resumed.")],
+    out: OutOption,
     config: Annotated[
         Path | None,
         typer.Option(help="Architecture, as config.json; default: the bundled model's."),
@@ -21,17 +30,15 @@ def train(
     dense: Annotated[
         bool, typer.Option("--dense", help="Train the dense twin of equal size instead.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = TrainConfig.steps,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = TrainConfig.batch,
+    steps: StepsOption = TrainConfig.steps,
+    batch: BatchOption = TrainConfig.batch,
     context: Annotated[
         int, typer.Option(min=2, help="Tokens a sequence; a multiple of the chunk.")
     ] = TrainConfig.context,
     learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate.")
     ] = TrainConfig.learning_rate,
-    weight_decay: Annotated[
-        float, typer.Option(min=0, help="Of the matrices.")
-    ] = TrainConfig.weight_decay,
+    weight_decay: WeightDecayOption = TrainConfig.weight_decay,
     lambda_al: Annotated[
         float, typer.Option(min=0, help="Factor of the activation locality loss.")
     ] = TrainConfig.lambda_al,
@@ -41,13 +48,9 @@ def train(
     chunk: Annotated[
         int, typer.Option(min=1, help="Tokens a chunk of that loss.")
     ] = TrainConfig.chunk,
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = TrainConfig.seed,
-    save_every: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints.")
-    ] = TrainConfig.save_every,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
-    ] = None,
+    seed: SeedOption = TrainConfig.seed,
+    save_every: SaveEveryOption = TrainConfig.save_every,
+    device: DeviceOption = None,
 ) -> None:
     """Train a BlockFFN model on the sources of Python's standard library.
 

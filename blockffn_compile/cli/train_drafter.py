@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,21 +15,28 @@ from blockffn_compile.cli.common import (
     reporting,
 )
 from blockffn_compile.cli.progress import run_to_end
+from blockffn_compile.cli.run_options import (
+    BatchOption,
+    DeviceOption,
+    OutOption,
+    SaveEveryOption,
+    SeedOption,
+    StepsOption,
+    WeightDecayOption,
+)
 from blockffn_compile.training.config import DrafterConfig
 
 
 def train_drafter(
-    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished one is resumed.")],
+    out: OutOption,
     checkpoint: CheckpointArgument = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = DrafterConfig.steps,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = DrafterConfig.batch,
+    steps: StepsOption = DrafterConfig.steps,
+    batch: BatchOption = DrafterConfig.batch,
     context: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = DrafterConfig.context,
     learning_rate: Annotated[
         float, typer.Option("--lr", help="Peak learning rate.")
     ] = DrafterConfig.learning_rate,
-    weight_decay: Annotated[
-        float, typer.Option(min=0, help="Of the matrices.")
-    ] = DrafterConfig.weight_decay,
+    weight_decay: WeightDecayOption = DrafterConfig.weight_decay,
     depth: Annotated[
         int, typer.Option(min=1, help="Draft steps to unroll in training.")
     ] = DrafterConfig.depth,
@@ -40,13 +46,9 @@ def train_drafter(
     coverage: Annotated[
         float, typer.Option(help="Fraction of the text in the reduced vocabulary.")
     ] = DrafterConfig.coverage,
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = DrafterConfig.seed,
-    save_every: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints.")
-    ] = DrafterConfig.save_every,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
-    ] = None,
+    seed: SeedOption = DrafterConfig.seed,
+    save_every: SaveEveryOption = DrafterConfig.save_every,
+    device: DeviceOption = None,
 ) -> None:
     """Train a draft head for speculative decoding, on the sources of Python's standard library.
 

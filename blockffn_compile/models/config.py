@@ -145,6 +145,11 @@ class BlockFFNConfig:
         return self.qk_rope_head_dim if self.attention_type == "mla" else self.head_dim
 
     @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return () if self.eos_token_id is None else (self.eos_token_id,)
+
+    @property
     def ffn_spec(self) -> BlockFFNSpec:
         """Spec of the BlockFFN layers; undefined for ``ffn_type="vanilla"``."""
         return BlockFFNSpec(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from blockffn_compile.engines.engine import BUCKETS, Engine
 from blockffn_compile.speculative.acceptance import accept
 from blockffn_compile.speculative.drafter import Drafter
-from blockffn_compile.speculative.policy import Choice, TreePolicy
+from blockffn_compile.speculative.policy import PLAIN, Choice, TreePolicy
 from blockffn_compile.speculative.sampling import Sampler
 from blockffn_compile.speculative.tree import DraftTree
 
@@ -61,7 +61,7 @@ class _Text:
     end: int  # most tokens
     drafters: list[Drafter]
     policy: TreePolicy
-    choice: Choice = field(default=Choice(None, 1, False))
+    choice: Choice = PLAIN
     draft_ms: float = 0.0
 
     def draft(self, most: int, vocab_size: int) -> DraftTree:
@@ -71,7 +71,7 @@ class _Text:
         # The last node's token needs no place of its own: it is the next root.
         most = min(most, self.choice.nodes, self.end - len(self.tokens))
         if index is None or most < 2:
-            self.choice = Choice(None, 1, False)
+            self.choice = PLAIN
             return DraftTree.root(root)
         start = time.perf_counter()
         try:
@@ -81,7 +81,7 @@ class _Text:
                 raise ValueError(f"the tree's root is {tree.tokens[0]}, the text ends in {root}")
         except Exception as error:
             self._drop(index, error)
-            self.choice = Choice(None, 1, False)
+            self.choice = PLAIN
             return DraftTree.root(root)
         self.draft_ms = (time.perf_counter() - start) * 1e3
         return self.policy.trim(self.choice, tree)

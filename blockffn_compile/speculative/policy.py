@@ -43,6 +43,7 @@ class Choice(NamedTuple):
     trial: bool
 
 
+#: A step without a draft.
 PLAIN = Choice(None, 1, False)
 
 
