@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from blockffn_compile.schedules import cache as disk
 from blockffn_compile.schedules.tir import build
 from blockffn_compile.schedules.tir.cpu import chunk_sparse_ffn
 from blockffn_compile.schedules.tir.tile import Tiling
@@ -44,7 +45,7 @@ def test_built_once(cache, caplog):
     written = entry.stat().st_mtime_ns
     check(load())
     assert [f.stat().st_mtime_ns for f in entries(cache)] == [written]
-    assert caplog.text.count("building kernel chunk_sparse_ffn") == 1
+    assert caplog.text.count("making chunk_sparse_ffn") == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flip", "empty", "garbage"])
@@ -62,7 +63,7 @@ def test_damaged_entry_is_built_again(cache, caplog, damage):
     )
     check(load())
     assert "damaged" in caplog.text
-    assert build._intact(entry)
+    assert disk._intact(entry)
 
 
 def test_concurrent_processes(cache):
@@ -70,4 +71,4 @@ def test_concurrent_processes(cache):
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     (entry,) = entries(cache)
-    assert build._intact(entry)
+    assert disk._intact(entry)
