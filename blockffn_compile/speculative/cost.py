@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
 
 from blockffn_compile.engines.engine import BUCKETS, Engine
+from blockffn_compile.schedules.cache import DIGEST_BYTES, cached
 from blockffn_compile.speculative.tree import DraftTree
 
-#: Calls that are timed; only the faster half counts, so that a busy moment does not.
-CALLS = 12
+#: Calls that are timed, fewer where they are slow; only the faster half counts, so that a busy
+#: moment does not.
+CALLS, LEAST_CALLS, BUDGET_MS = 12, 3, 500.0
 
 
 def fastest_ms(call: Callable[[], object]) -> float:
     """Milliseconds of a call: the median of the faster half of several."""
-    times = []
-    for _ in range(CALLS):
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or (len(times) < CALLS and sum(times) < BUDGET_MS):
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(sorted(times)[: CALLS // 2])
+    return statistics.median(sorted(times)[: len(times) // 2])
 
 
-def measure(
-    engine: Engine, progress: Callable[[int], object] = lambda bucket: None
-) -> dict[int, float]:
+def measure(engine: Engine) -> dict[int, float]:
     """Milliseconds of one verification for each token count that the engine prepares for.
 
-    The trees hold different tokens, so that they use as many experts as real ones, or more.
-    Compiles whatever is not yet compiled.  The text of row 0 is forgotten.
-
-    Args:
-        engine: any.
-        progress: called with each token count when it is done.
+    The trees hold different tokens, so that they use as many experts as real ones, or more.  The
+    text of row 0 is forgotten.
     """
     cost: dict[int, float] = {}
     stride = max(1, engine.vocab_size // BUCKETS[-1])
@@ -46,8 +48,27 @@ def measure(
         tree = DraftTree.chain(tokens[0], tokens[1:bucket], [0.0] * (bucket - 1))
         engine.verify({0: tree})
         cost[bucket] = fastest_ms(functools.partial(engine.verify, {0: tree}))
-        progress(bucket)
+    # A tree may always be padded: what is measured as dearer than that, met a busy moment.
+    for larger, smaller in itertools.pairwise(sorted(cost, reverse=True)):
+        cost[smaller] = min(cost[smaller], cost[larger])
     return cost
+
+
+def recall(engine: Engine, identity: str) -> dict[int, float]:
+    """The result of :func:`measure`, kept on disk for this machine.
+
+    Args:
+        engine: measured the first time.
+        identity: whatever its speed depends on, but for the machine, its threads and PyTorch.
+    """
+
+    def make(path: Path) -> None:
+        path.write_text(json.dumps(measure(engine)))
+
+    machine = (platform.node(), platform.machine(), torch.get_num_threads(), torch.__version__)
+    path = cached("cost", f"{machine} {BUCKETS} {identity}", make, ".json")
+    cost = json.loads(path.read_bytes()[:-DIGEST_BYTES])
+    return {int(nodes): ms for nodes, ms in cost.items()}
 
 
 def share(cost: Mapping[int, float], texts: int) -> dict[int, float]:

@@ -29,12 +29,14 @@ class Drafter(Protocol):
                 engine has none.
         """
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         """Drafts what follows the observed tokens and ``root``.
 
         Args:
             root: the last token that the target chose, not yet observed.
             nodes: size of the largest tree wanted, root included, within 1..64.
+            rate: tokens that a millisecond yields elsewhere: what is expected to yield less need
+                not be drafted.
 
         Returns:
             A tree of 1 to ``nodes`` nodes; the bare root where there is nothing to propose.
@@ -63,10 +65,10 @@ class FirstOf:
         for drafter in self.drafters:
             drafter.observe(tokens, features)
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         """See :meth:`Drafter.propose`."""
         for drafter in self.drafters:
-            tree = drafter.propose(root, nodes)
+            tree = drafter.propose(root, nodes, rate)
             if len(tree) > 1:
                 return tree
         return tree

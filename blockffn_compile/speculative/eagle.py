@@ -154,7 +154,7 @@ class EagleDrafter:
         elif len(self._tokens) > 2 * COUNTS[-1]:
             self._drop_old()
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         """See :class:`Drafter`."""
         if len(self._tokens) > COUNTS[-1]:
             self._drop_old()
@@ -166,7 +166,8 @@ class EagleDrafter:
         base, ancestors, run, before = self._length, {0: 0}, 0, [0]
         for level in range(1, depth + 1):
             frontier = builder.expand(self._ids(guesses.tokens), guesses.log_probs.tolist())
-            if level == depth:
+            # All nodes of the next level together are accepted no more often than these.
+            if level == depth or builder.reach < rate * self.model.level_ms:
                 break
             parents = [builder.parents[node] for node in frontier]
             rows = guesses.features[[before.index(parent) for parent in parents]]

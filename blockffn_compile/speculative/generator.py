@@ -80,12 +80,13 @@ class Generator:
             done += 1
             progress(done, total)
 
+        for bucket in self.engine.warm_up(buckets):
+            tick(bucket)
+        self._cost = {1: 1.0}
         if self._makers:
-            self._cost = cost.measure(self.engine, tick)
-        else:
-            self._cost = {1: 1.0}
-            for bucket in self.engine.warm_up(buckets):
-                tick(bucket)
+            weight = model.lm_head.weight
+            shape = (model.config, weight.dtype, weight.device, rows, self.engine.max_length)
+            self._cost = cost.recall(self.engine, str(shape))
         self._draft_ms = [0.0] * len(self._makers)
         if eagle is not None:
             for bucket in eagle.warm_up():

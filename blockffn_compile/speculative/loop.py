@@ -75,7 +75,7 @@ class _Text:
             return DraftTree.root(root)
         start = time.perf_counter()
         try:
-            tree = self.drafters[index].propose(root, most)
+            tree = self.drafters[index].propose(root, most, self.choice.rate)
             tree.check(vocab_size, most)
             if tree.tokens[0] != root:
                 raise ValueError(f"the tree's root is {tree.tokens[0]}, the text ends in {root}")
@@ -107,7 +107,7 @@ class _Silent:
 
     def observe(self, tokens: Sequence[int], features: Tensor | None) -> None: ...
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         return DraftTree.root(root)
 
 
@@ -191,6 +191,9 @@ def decode(
         start = time.perf_counter()
         outputs = engine.verify(trees)
         verify_ms = (time.perf_counter() - start) * 1e3
+        # Of trees of one size, each has an equal share.
+        alike = len({len(tree) for tree in trees.values()}) == 1
+        share = verify_ms / len(texts) if alike else None
         steps = []
         for text in texts:
             tree, (logits, features) = trees[text.row], outputs[text.row]
@@ -198,7 +201,7 @@ def decode(
                 tree, logits, samplers[text.row], text.tokens, len(text.tokens), stop_tokens
             )
             engine.commit(text.row, path)
-            text.policy.update(text.choice, tree, path, text.draft_ms)
+            text.policy.update(text.choice, tree, path, text.draft_ms, share)
             kept = [text.tokens[-1], *tokens[:-1]]
             if features is not None:
                 # A slice is cheaper than a gather, and the best path is often the first.

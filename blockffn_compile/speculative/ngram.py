@@ -58,8 +58,8 @@ class NGramDrafter:
                 if n <= end:
                     index[tuple(text[end - n :])].append(end)
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
-        """See :meth:`Drafter.propose`."""
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
+        """See :meth:`Drafter.propose`; a level costs next to nothing, whatever the rate."""
         text = [*self._text[-self._sizes[0] :], root]
         places: dict[int, int] = {}  # index of the first token to propose -> tokens that match
         for n in self._sizes:

@@ -28,6 +28,10 @@ TRIAL_SHARE, TRIAL_START = 0.01, 1.0
 #: Nodes of a trial: little more than a plain step, but enough to see a drafter succeed.
 TRIAL_NODES = 4
 
+#: How far one measured step moves the cost of its size: costs follow the median, whatever a busy
+#: moment took.
+COST_STEP = 0.01
+
 
 class Choice(NamedTuple):
     """What to do in the next step.
@@ -36,11 +40,13 @@ class Choice(NamedTuple):
         drafter: its index; None for a plain step, without a draft.
         nodes: size of the largest tree to ask it for, root included.
         trial: it is not expected to pay, but to show how the drafter fares now.
+        rate: tokens that a millisecond yields without this step.
     """
 
     drafter: int | None
     nodes: int
     trial: bool
+    rate: float = 0.0
 
 
 #: A step without a draft.
@@ -65,10 +71,10 @@ class TreePolicy:
     Each step is one round of::
 
         choice = policy.choose()
-        tree = drafters[choice.drafter].propose(root, choice.nodes)  # the bare root if None
+        tree = drafters[choice.drafter].propose(root, choice.nodes, choice.rate)
         tree = policy.trim(choice, tree)
         ...                                                          # verify, accept
-        policy.update(choice, tree, accepted.path, draft_ms)
+        policy.update(choice, tree, accepted.path, draft_ms, verify_ms)
 
     **Which drafter.** The one of the largest rate, the tokens of its latest steps by their
     milliseconds, drafting included, if that is above the rate of plain decoding, 1 / cost[1]. Old
@@ -83,6 +89,9 @@ class TreePolicy:
 
     tokens less those that the time would yield elsewhere; it maximises the rate in the long run
     (Dinkelbach, 1967). What the draft took is spent by then, and changes nothing.
+
+    **What verifying costs** is known from the start, and follows what steps really take: more as
+    the text grows longer, less where the nodes of trees share their experts.
 
     **Trials.** A drafter that does not pay is tried again with a small tree whenever it has saved
     up what that will cost: together, drafters get a hundredth of all time.  So a change in the
@@ -128,13 +137,14 @@ class TreePolicy:
         }
         ready = [i for i, ms in missing.items() if ms <= 0]
         if ready:
-            return Choice(min(ready, key=lambda i: self._records[i].last_used), nodes, True)
+            oldest = min(ready, key=lambda i: self._records[i].last_used)
+            return Choice(oldest, nodes, True, rate)
         if best is None:
             income = TRIAL_SHARE * self._costs[0] / max(1, len(self._records))
             self._wait = math.ceil(min(missing.values()) / income) if missing else 1
             return PLAIN
         wanted = bisect.bisect_left(self._sizes, 2 * self._records[best].reach)
-        return Choice(best, self._sizes[min(wanted, len(self._sizes) - 1)], False)
+        return Choice(best, self._sizes[min(wanted, len(self._sizes) - 1)], False, rate)
 
     def trim(self, choice: Choice, tree: DraftTree) -> DraftTree:
         """The part of a proposed tree that is worth verifying; a trial's is left as it is."""
@@ -150,7 +160,14 @@ class TreePolicy:
         size = self._sizes[max(range(len(self._sizes)), key=worth)]
         return tree if size >= len(tree) else tree.subtree(most_probable(probs, size))
 
-    def update(self, choice: Choice, tree: DraftTree, path: Sequence[int], draft_ms: float) -> None:
+    def update(
+        self,
+        choice: Choice,
+        tree: DraftTree,
+        path: Sequence[int],
+        draft_ms: float,
+        verify_ms: float | None = None,
+    ) -> None:
         """Takes in the outcome of a step.
 
         Args:
@@ -159,7 +176,12 @@ class TreePolicy:
             path: its accepted nodes, root included.
             draft_ms: milliseconds that the drafter took, 0 without one. What happens only once,
                 such as compilation, does not belong in there.
+            verify_ms: milliseconds of the verification; None where that says nothing of trees of
+                this size.
         """
+        if verify_ms is not None:
+            size = bisect.bisect_left(self._sizes, len(tree))
+            self._costs[size] *= 1 + math.copysign(COST_STEP, verify_ms - self._costs[size])
         if choice.drafter is None:
             self._plain += 1
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -47,12 +48,16 @@ class ModelDrafter:
         """See :class:`Drafter`; the features are those of another model, and not used."""
         self._pending += tokens
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         """See :class:`Drafter`."""
         self._catch_up()
+        start = time.perf_counter()
         builder = TreeBuilder(root)
         room = self.engine.max_length - self.engine.length(0)
-        for _ in range(min(self.depth, nodes - 1)):
+        for level in range(min(self.depth, nodes - 1)):
+            spent_ms = (time.perf_counter() - start) * 1e3
+            if level and builder.reach < rate * spent_ms / level:
+                break
             # The nodes that grow, and their ancestors; in the order in which they were added.
             kept = sorted(_closure(builder.frontier, builder.parents))
             if len(kept) > min(room, BUCKETS[-1]):

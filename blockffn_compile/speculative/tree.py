@@ -147,6 +147,11 @@ class TreeBuilder:
         self.frontier = [0]
         self._log_probs = [0.0]
 
+    @property
+    def reach(self) -> float:
+        """How probable it is, to the drafter, that the text goes through the frontier."""
+        return sum(math.exp(self._log_probs[node]) for node in self.frontier)
+
     def expand(
         self, tokens: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]]
     ) -> list[int]:

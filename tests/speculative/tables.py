@@ -118,7 +118,7 @@ class Oracle:
         self.text += tokens
         self.features += [] if features is None else features.tolist()
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         tokens, parents, log_probs = [root], [-1], [0.0]
         text, node, depth = [*self.text, root], 0, 0
         while True:

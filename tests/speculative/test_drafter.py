@@ -19,7 +19,7 @@ class Fixed:
     def observe(self, tokens, features) -> None:
         self.calls.append((tokens, features))
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         self.calls.append((root, nodes))
         return DraftTree.chain(root, self.tokens, [0.0] * len(self.tokens))
 

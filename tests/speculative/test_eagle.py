@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -127,6 +128,23 @@ def test_tree_after_a_prompt(model, prompt, nodes):
     assert tree.depths.max() <= min(DEPTH, nodes - 1)
     if nodes == 64:
         assert tree.depths.max() == DEPTH
+
+
+@pytest.mark.parametrize("level_ms", [0.0, 0.5, 1.0, 2.0])
+def test_levels_that_do_not_pay_are_not_drafted(model, monkeypatch, level_ms):
+    """A level pays while the four nodes that it grows from are probable enough."""
+    monkeypatch.setattr(model, "level_ms", level_ms)
+    trees = []
+    for rate in (0.0, 0.3):
+        text = Text(EagleDrafter(model), seed=3)
+        text.grow(9)
+        trees.append(text.drafter.propose(text.root, 64, rate))
+    whole, tree = trees
+    levels = [np.exp(whole.log_probs[whole.depths == depth]) for depth in range(1, DEPTH + 1)]
+    reach = [sum(sorted(probs, reverse=True)[:WIDTH]) for probs in levels]
+    stop = next((i for i, p in enumerate(reach, 1) if p < 0.3 * level_ms), DEPTH)
+    assert tree.depths.max() == stop
+    assert set(paths(tree)) <= set(paths(whole))
 
 
 def test_trees_after_every_step(model):

@@ -246,7 +246,7 @@ class Bad(Oracle):
     name = "bad"
     calls = 0
 
-    def propose(self, root: int, nodes: int) -> DraftTree:
+    def propose(self, root: int, nodes: int, rate: float = 0.0) -> DraftTree:
         self.calls += 1
         return super().propose(root, nodes) if self.calls < 3 else self.fail(root, nodes)
 

@@ -157,6 +157,35 @@ def test_one_size_leaves_nothing_to_draft() -> None:
     assert simulate({1: 1.0}, [Drafter(0.9, lambda _: 1.0)], 200).rate > 0.97
 
 
+def test_costs_follow_what_steps_take_and_not_single_slow_ones() -> None:
+    policy, choice = TreePolicy({1: 1.0, 2: 1.4, 4: 1.8, 8: 1.9}, [0.0]), Choice(0, 8, False)
+    for i in range(200):
+        policy.update(choice, bushy(), [0], 0.0, 50.0 if i % 10 == 0 else 1.9)
+    assert policy._cost(6) == pytest.approx(1.9, rel=0.03)
+    for _ in range(200):
+        policy.update(choice, bushy(), [0], 0.0, 5.0)
+    policy.update(choice, bushy(), [0], 0.0, None)  # says nothing
+    assert policy._cost(6) == pytest.approx(5.0, rel=0.03)
+    assert [policy._cost(nodes) for nodes in (1, 2, 4)] == [1.0, 1.4, 1.8]
+
+
+def test_plain_steps_tell_their_cost_too() -> None:
+    policy, tree = TreePolicy({1: 1.0, 2: 1.4, 4: 1.8, 8: 1.81}, [0.0]), DraftTree.root(0)
+    for _ in range(200):
+        policy.update(Choice(None, 1, False), tree, [0], 0.0, 0.5)
+    # The time of a step of four is worth 3.6 tokens now.
+    assert len(policy.trim(Choice(0, 8, False), bushy())) == 1
+
+
+def test_drafters_learn_what_the_time_is_worth() -> None:
+    policy = TreePolicy({1: 4.0, 8: 4.1}, [0.0])
+    choice = policy.choose()
+    assert (choice.drafter, choice.trial, choice.rate) == (0, True, 0.25)
+    for _ in range(30):
+        policy.update(choice, DraftTree.chain(0, [1], [-0.1]), [0, 1], 0.0)
+    assert policy.choose().rate == pytest.approx(2 / 4.1, rel=0.05)
+
+
 def bushy() -> DraftTree:
     """Root with children of 0.5, 0.3, 0.2; the first has one of 0.6, and that one of 0.1."""
     probs = np.array([1, 0.5, 0.3, 0.2, 0.3, 0.03])

@@ -57,6 +57,12 @@ def test_proposals_leave_no_trace_in_the_text() -> None:
     assert again.tokens.tolist() == fresh.tokens.tolist()
 
 
+def test_levels_that_do_not_pay_are_not_drafted() -> None:
+    """The first one is; whether it pays is known only then."""
+    assert drafter(depth=4).propose(PROMPT[-1], 64, rate=1e6).depths.max() == 1
+    assert drafter(depth=4).propose(PROMPT[-1], 64, rate=1e-6).depths.max() == 4
+
+
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
 def test_catches_up_with_any_number_of_tokens(count: int) -> None:
     engine = TableEngine()
