@@ -34,9 +34,7 @@ def _host() -> tuple[Any, int, int] | None:
             stacklevel=2,
         )
         return None
-    # 32 vector registers of 512 bits hold 6 x 64 sums and a panel; other CPUs have a quarter
-    # (AVX2: 16 of 256 bits; NEON: 32 of 128 bits), which hold 6 x 16.
-    return (target, 64, 6) if build.has_avx512(target) else (target, 16, 6)
+    return (target, *build.register_tile(target))
 
 
 def cpu_schedule(problem: Problem, regime: Regime) -> CpuKernel | None:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,26 @@ def host_target() -> tvm.target.Target:
     return tvm.target.Target(target)
 
 
-def has_avx512(target: tvm.target.Target) -> bool:
-    """Whether the target CPU has 512-bit vectors."""
-    return bool(tvm.target.codegen.target_has_features("avx512f", target))
+def register_tile(target: tvm.target.Target) -> tuple[int, int]:
+    """(widest panel, most tokens) whose sums the target's vector registers hold."""
+    # 32 registers of 512 bits hold 6 x 64 sums and a panel; other CPUs have a quarter (AVX2: 16 of
+    # 256 bits; NEON: 32 of 128 bits), which hold 6 x 16.
+    wide = tvm.target.codegen.target_has_features("avx512f", target)
+    return (64, 6) if wide else (16, 6)
+
+
+def compiled(functions: Sequence[Any], target: tvm.target.Target) -> Any:
+    """One TVM executable of ``functions``, each a ``PrimFunc`` with a ``global_symbol``."""
+    module = tvm.IRModule({str(f.attrs["global_symbol"]): f for f in functions})
+    # The buffers are as small as they can be; proving it takes most of the time.
+    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+        return tvm.compile(module, target=target)
+
+
+def identity(functions: Sequence[Any], target: tvm.target.Target) -> str:
+    """All that determines the code of ``functions``, as a text."""
+    scripts = (function.script(show_meta=True) for function in functions)
+    return "\n".join((tvm.__version__, str(target), *scripts))
 
 
 def load(function: Any, target: tvm.target.Target) -> Any:
@@ -51,11 +69,9 @@ def load(function: Any, target: tvm.target.Target) -> Any:
     name = str(function.attrs["global_symbol"])
 
     def build(path: Path) -> None:
-        module = tvm.IRModule({name: function})
-        tvm.compile(module, target=target).export_library(str(path))
+        compiled([function], target).export_library(str(path))
 
-    source = "\n".join((tvm.__version__, str(target), function.script(show_meta=True)))
-    path = cached(name, source, build)
+    path = cached(name, identity([function], target), build)
     module = tvm.runtime.load_module(str(path))
     library = ctypes.CDLL(str(path))
     # Absent from a kernel that has nothing to run in parallel.

@@ -17,6 +17,7 @@ Weights are panels [E, N/P, K, P] (see ``schedules/packing.py``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -39,22 +40,23 @@ from blockffn_compile.schedules.tir.tile import (
 
 
 def chunk_sparse_ffn(
-    hidden: int,
-    experts: int,
-    size: int,
+    hidden: int | None,
+    experts: int | None,
+    size: int | None,
     dtype: str,
-    act: str,
+    act: str | None,
     gated: bool,
     tiling: Tiling,
 ) -> tirx.PrimFunc:
-    """Builds ``f(x, scores, up, [gate,] down, y)``.
+    """Builds ``f(x, scores, up, [gate,] down, y[, act])``.
 
     Args:
-        hidden: H.
-        experts: E.
-        size: S.
-        dtype: of every argument: float32, bfloat16 or float16.
-        act: activation of the experts.
+        hidden: H; None reads it from the shapes of the arguments, which costs no speed.
+        experts: E; likewise.
+        size: S; likewise.
+        dtype: of every tensor: float32, bfloat16 or float16.
+        act: activation of the experts; None takes it from the last argument, its index (int32) in
+            :data:`ACTIVATIONS`.
         gated: whether there is a gate.
         tiling: register use; its panels must be those of the packed weights.
 
@@ -62,8 +64,12 @@ def chunk_sparse_ffn(
         A function of x [n, H], scores [n, E], up and gate [E, S/P, H, P], down [E, H/P, S, P]
         and the result y [n, H], for 1 <= n <= MAX_TOKENS.
     """
+    h, e, s = (
+        tirx.Var(name, "int32") if length is None else length
+        for name, length in (("hidden", hidden), ("experts", experts), ("size", size))
+    )
     up_p, down_p = tiling.up_panel, tiling.down_panel
-    up_panels, down_panels = -(-size // up_p), -(-hidden // down_p)
+    up_panels, down_panels = (s + (up_p - 1)) // up_p, (h + (down_p - 1)) // down_p
     # 64 bytes more per row: rows a power of two apart would share one set of the L1 cache.
     pad = LANES
 
@@ -71,23 +77,24 @@ def chunk_sparse_ffn(
         T.func_name("chunk_sparse_ffn")
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         n = tirx.Var("n", "int32")
-        x = T.arg("x", T.buffer((n, hidden), dtype))
-        scores = T.arg("scores", T.buffer((n, experts), dtype))
-        up = T.arg("up", T.buffer((experts, up_panels, hidden, up_p), dtype))
-        gate = T.arg("gate", T.buffer((experts, up_panels, hidden, up_p), dtype)) if gated else None
-        down = T.arg("down", T.buffer((experts, down_panels, size, down_p), dtype))
-        y = T.arg("y", T.buffer((n, hidden), dtype))
+        x = T.arg("x", T.buffer((n, h), dtype))
+        scores = T.arg("scores", T.buffer((n, e), dtype))
+        up = T.arg("up", T.buffer((e, up_panels, h, up_p), dtype))
+        gate = T.arg("gate", T.buffer((e, up_panels, h, up_p), dtype)) if gated else None
+        down = T.arg("down", T.buffer((e, down_panels, s, down_p), dtype))
+        y = T.arg("y", T.buffer((n, h), dtype))
+        chosen = T.arg("act", T.int32()) if act is None else None
 
-        pairs = MAX_TOKENS * experts
-        x32 = T.alloc_buffer((MAX_TOKENS, hidden + pad), "float32")
+        pairs = MAX_TOKENS * e
+        x32 = T.alloc_buffer((MAX_TOKENS, h + pad), "float32")
         y32 = T.alloc_buffer((MAX_TOKENS, down_panels * down_p + pad), "float32")
         mid = T.alloc_buffer((pairs, up_panels * up_p + pad), "float32")
         gates = T.alloc_buffer((pairs if gated else 1, up_panels * up_p + pad), "float32")
         pair_token = T.alloc_buffer((pairs,), "int32")
         pair_score = T.alloc_buffer((pairs,), "float32")
         # The active experts, ascending, and the first pair of each.
-        active = T.alloc_buffer((experts,), "int32")
-        offset = T.alloc_buffer((experts + 1,), "int32")
+        active = T.alloc_buffer((e,), "int32")
+        offset = T.alloc_buffer((e + 1,), "int32")
         used = T.alloc_buffer((MAX_TOKENS,), "int32")
         counts = T.alloc_buffer((2,), "int32")  # active experts, pairs
 
@@ -96,10 +103,10 @@ def chunk_sparse_ffn(
         T.buffer_store(counts, 0, [1])
         with T.serial(n) as t:
             T.buffer_store(used, 0, [t])
-        with T.serial(experts) as e:
+        with T.serial(e) as expert:
             T.buffer_store(offset, counts[1], [counts[0]])
             with T.serial(n) as t:
-                score = T.bind(widen(scores[t, e], dtype, 1))
+                score = T.bind(widen(scores[t, expert], dtype, 1))
                 magnitude = T.reinterpret("uint32", score) & T.uint32(0x7FFFFFFF)
                 with T.If(magnitude != T.uint32(0)), T.Then():
                     T.buffer_store(pair_token, t, [counts[1]])
@@ -107,7 +114,7 @@ def chunk_sparse_ffn(
                     T.buffer_store(counts, counts[1] + 1, [1])
                     T.buffer_store(used, 1, [t])
             with T.If(counts[1] > offset[counts[0]]), T.Then():
-                T.buffer_store(active, e, [counts[0]])
+                T.buffer_store(active, expert, [counts[0]])
                 T.buffer_store(counts, counts[0] + 1, [0])
         T.buffer_store(offset, counts[1], [counts[0]])
 
@@ -117,8 +124,8 @@ def chunk_sparse_ffn(
             # with zero would be simplified away, a fused one is not.
             poison = T.alloc_buffer((1,), "float32")
             T.buffer_store(poison, T.float32(0), [0])
-            with T.If(used[t] == 0), T.Then(), T.serial(hidden) as h:
-                T.buffer_store(poison, T.fma(x32[t, h], T.float32(0), poison[0]), [0])
+            with T.If(used[t] == 0), T.Then(), T.serial(h) as i:
+                T.buffer_store(poison, T.fma(x32[t, i], T.float32(0), poison[0]), [0])
             with T.serial(down_panels * down_p // LANES) as v:
                 T.buffer_store(y32, broadcast(poison[0]), [t, at(v * LANES)])
 
@@ -143,15 +150,24 @@ def chunk_sparse_ffn(
                     )
 
                 for_tiles(first, last, tiling.tokens, up_tile)
-            with T.serial(last - first) as i, T.serial(up_p // LANES) as v:
-                pair = T.bind(first + i)
-                column = T.bind(panel * up_p + v * LANES)
-                value = T.bind(mid[pair, at(column)])
-                if gated:
-                    value = value * ACTIVATIONS[act](T.bind(gates[pair, at(column)]))
-                else:
-                    value = ACTIVATIONS[act](value)
-                T.buffer_store(mid, value * broadcast(pair_score[pair]), [pair, at(column)])
+
+            def activate(function: Callable[[Any], Any]) -> None:
+                with T.serial(last - first) as i, T.serial(up_p // LANES) as v:
+                    pair = T.bind(first + i)
+                    column = T.bind(panel * up_p + v * LANES)
+                    value = T.bind(mid[pair, at(column)])
+                    if gated:
+                        value = value * function(T.bind(gates[pair, at(column)]))
+                    else:
+                        value = function(value)
+                    T.buffer_store(mid, value * broadcast(pair_score[pair]), [pair, at(column)])
+
+            if act is not None:
+                activate(ACTIVATIONS[act])
+            else:
+                for number, function in enumerate(ACTIVATIONS.values()):
+                    with T.If(chosen == number), T.Then():
+                        activate(function)
 
         with T.parallel(down_panels) as panel:
             with T.serial(counts[0]) as index:

@@ -151,7 +151,7 @@ def add_products(
         rows: (buffer, row) that receives each token's sums.
         accumulate: start from the stored sums instead of zero.
     """
-    depth, width, dtype = int(weights.shape[2]), int(weights.shape[3]), str(weights.dtype)
+    depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
     vectors, column = range(0, width, LANES), panel * width
     # One small buffer a token: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
     sums = [T.alloc_buffer((width,), "float32") for _ in range(count)]
@@ -165,9 +165,9 @@ def add_products(
         every_vector(
             lambda s, buffer, row, v: T.buffer_store(buffer, f32(0), [row, at(column + v)])
         )
-    with T.serial(-(-depth // BLOCK)) as block:
+    with T.serial((depth + (BLOCK - 1)) // BLOCK) as block:
         every_vector(lambda s, buffer, row, v: T.buffer_store(s, f32(0), [at(v)]))
-        with T.serial(T.min(BLOCK, depth - block * BLOCK) if depth % BLOCK else BLOCK) as step:
+        with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
             k = T.bind(block * BLOCK + step)
             _prefetch(weights, expert, panel, k, DataType(dtype).itemsize)
             loaded = [T.bind(widen(weights[expert, panel, k, at(v)], dtype)) for v in vectors]
@@ -187,7 +187,11 @@ def for_tiles(first: Any, last: Any, most: int, body: Callable[[int, Any], None]
     total = T.bind(last - first)
     tiles = T.bind((total + (most - 1)) // most)
     with T.serial(tiles) as j:
-        begin = T.bind(first + total * j // tiles)
+        # Read back from a variable: TVM's arithmetic would carry the quotient through every index
+        # of the body, which took most of the time to compile.
+        start = T.alloc_buffer((1,), "int32")
+        T.buffer_store(start, first + total * j // tiles, [0])
+        begin = T.bind(start[0])
         count = T.bind(first + total * (j + 1) // tiles - begin)
 
         def choose(size: int) -> None:
@@ -203,7 +207,7 @@ def for_tiles(first: Any, last: Any, most: int, body: Callable[[int, Any], None]
 
 def widen_row(source: Any, target: Any, row: Any) -> None:
     """``target[row, :width] = source[row]`` in float32, for a source of the given width."""
-    width, dtype = int(source.shape[1]), str(source.dtype)
+    width, dtype = source.shape[1], str(source.dtype)
     whole = width // LANES * LANES
     with T.serial(whole // LANES) as v:
         T.buffer_store(target, widen(source[row, at(v * LANES)], dtype), [row, at(v * LANES)])
@@ -213,7 +217,7 @@ def widen_row(source: Any, target: Any, row: Any) -> None:
 
 def store_row(source: Any, target: Any, row: Any, column: Any) -> None:
     """Rounds 16 float32 values from ``column`` into ``target``, or as many as it still has."""
-    width, dtype = int(target.shape[1]), str(target.dtype)
+    width, dtype = target.shape[1], str(target.dtype)
     with T.If(column + LANES <= width):
         with T.Then():
             T.buffer_store(target, narrow(source[row, at(column)], dtype), [row, at(column)])
