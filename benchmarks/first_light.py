@@ -81,19 +81,21 @@ class Stack(nn.Module):
         return [layer(x, scores[i]) for i, layer in enumerate(self.layers)]
 
 
-def routing(tokens: int, union: float, pairs: float, generator: torch.Generator) -> Tensor:
-    """Scores [tokens, EXPERTS] with the given union and pair densities, otherwise random."""
-    experts = torch.randperm(EXPERTS, generator=generator)[: round(union * EXPERTS)]
-    count = round(pairs * EXPERTS * tokens)
+def routing(
+    tokens: int, union: float, pairs: float, generator: torch.Generator, experts: int = EXPERTS
+) -> Tensor:
+    """Scores [tokens, experts] with the given union and pair densities, otherwise random."""
+    chosen = torch.randperm(experts, generator=generator)[: round(union * experts)]
+    count = round(pairs * experts * tokens)
     # Every expert of the union once, so that the density is met exactly; the rest at random.
-    first = torch.randint(tokens, (len(experts),), generator=generator)
-    taken = torch.zeros(tokens, len(experts), dtype=torch.bool)
-    taken[first, torch.arange(len(experts))] = True
+    first = torch.randint(tokens, (len(chosen),), generator=generator)
+    taken = torch.zeros(tokens, len(chosen), dtype=torch.bool)
+    taken[first, torch.arange(len(chosen))] = True
     free = (~taken).nonzero()
-    more = free[torch.randperm(len(free), generator=generator)[: count - len(experts)]]
+    more = free[torch.randperm(len(free), generator=generator)[: count - len(chosen)]]
     taken[more[:, 0], more[:, 1]] = True
-    scores = torch.zeros(tokens, EXPERTS)
-    scores[:, experts] = taken * (0.1 + torch.rand(taken.shape, generator=generator))
+    scores = torch.zeros(tokens, experts)
+    scores[:, chosen] = taken * (0.1 + torch.rand(taken.shape, generator=generator))
     return scores.to(DTYPE)
 
 

@@ -1,7 +1,7 @@
-"""Speculative decoding: the bundled model on real prompts, the 2.8B shape on replayed traces.
+"""Speculative decoding of the bundled model on real prompts.
 
-Run: ``python -m benchmarks.speculative bundled`` (or ``hf``, or ``scale``) [--json FILE].  Every
-speculative run of the first must give the tokens of plain decoding, or there is no number.
+Run: ``python -m benchmarks.speculative bundled`` (or ``hf``) [--json FILE].  Every speculative run
+of the first must give the tokens of plain decoding, or there is no number.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 
-from benchmarks.first_light import PEERS, routing
-from blockffn_compile.engines.torch_engine import TorchEngine
 from blockffn_compile.generation import compile_step, new_cache
-from blockffn_compile.layer import BlockFFN
 from blockffn_compile.models import bundled_path
-from blockffn_compile.models.cache import StaticCache
 from blockffn_compile.models.checkpoint import load_model
-from blockffn_compile.models.config import BlockFFNConfig
-from blockffn_compile.models.eagle import EagleHead, eagle_config, load_eagle
+from blockffn_compile.models.eagle import load_eagle
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
-from blockffn_compile.speculative.eagle import DEPTH, EagleModel
 from blockffn_compile.speculative.generator import Generator
 from blockffn_compile.speculative.loop import Step
 from blockffn_compile.speculative.policy import Choice, TreePolicy
@@ -205,146 +194,18 @@ def hugging_face(console: Console) -> list[dict[str, Any]]:
     ]
 
 
-# --- The 2.8B shape -------------------------------------------------------------------------------
-
-SCALE = BlockFFNConfig(
-    vocab_size=122753,
-    hidden_size=2048,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    ffn_type="block_linear",
-    num_experts=128,
-    expert_size=128,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
-#: Published for the 2.8B model: experts in the union of 32 tokens, of one; mean accepted length.
-UNION, PAIRS, ACCEPTED = 0.3086, 0.1245, 2.66
-CONTEXT, TREE, DRAFT_VOCABULARY, DRAFT_WIDTH = 256, 32, 32768, 6144
-
-
-class ReplayedRouter(nn.Module):
-    """The router's product, with the zeros of a recorded trace instead of its own."""
-
-    def __init__(self, weight: nn.Parameter, generator: torch.Generator) -> None:
-        super().__init__()
-        self.weight = weight
-        for tokens, union in ((1, PAIRS), (TREE, UNION)):
-            self.register_buffer(f"trace{tokens}", routing(tokens, union, PAIRS, generator))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight).abs() * getattr(self, f"trace{len(x)}")
-
-
-def scale_model() -> BlockFFNForCausalLM:
-    """Random weights, each in memory of its own, and replayed routing."""
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(1 << 22, generator=generator).mul_(0.02).to(torch.bfloat16)
-    with torch.device("meta"):
-        model = BlockFFNForCausalLM(SCALE).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.view(-1)
-        if "norm" in name:
-            flat.fill_(1)
-        else:
-            for part in flat.split(len(block)):
-                part.copy_(block[: len(part)])
-    model.model.rotary.reset_tables(torch.device("cpu"))
-    for module in model.modules():
-        if isinstance(module, BlockFFN):
-            module.router_proj = ReplayedRouter(module.router_proj.weight, generator)  # type: ignore
-    return model.eval().requires_grad_(False)
-
-
-def median_ms(call: Callable[[], object], calls: int = 9) -> float:
-    call()
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-@torch.no_grad()
-def scale_subject(name: str) -> dict[str, float]:
-    """Milliseconds of one subject, in a process that has room for it alone."""
-    model = scale_model()
-    if name == "blockffn":
-        engine = TorchEngine(model, max_length=CONTEXT + 64)
-        engine._lengths[0] = CONTEXT  # what is in the cache costs the same whatever it says
-        tree = DraftTree.chain(0, list(range(1, TREE)), [0.0] * (TREE - 1))
-        result = {
-            "plain": median_ms(lambda: engine.verify({0: DraftTree.root(0)})),
-            "verify": median_ms(lambda: engine.verify({0: tree})),
-        }
-        config = eagle_config(SCALE, DRAFT_WIDTH)
-        head = EagleHead(config, torch.arange(DRAFT_VOCABULARY)).to(torch.bfloat16).eval()
-        eagle = EagleModel(model, head, CONTEXT + 64)
-        list(eagle.warm_up())
-        return result | {"draft": eagle.level_ms * DEPTH}
-    options = PEERS[name]
-    step = torch.compile(
-        lambda tokens, positions, cache: model(tokens[None], positions, cache)[0, -1],
-        backend="inductor", options=options or None, fullgraph=True,
-    )  # fmt: skip
-    cache = StaticCache(SCALE, 1, CONTEXT + 64, torch.bfloat16)
-    tokens, positions = torch.zeros(1, dtype=torch.long), torch.tensor([CONTEXT])
-    with inductor_config.patch(options):
-        step(tokens, positions, cache)
-    return {"plain": median_ms(lambda: step(tokens, positions, cache))}
-
-
-def scale(console: Console) -> list[dict[str, Any]]:
-    ms: dict[str, dict[str, float]] = {}
-    for name in ("blockffn", *PEERS):
-        with console.status(f"2.8B shape: {name}"):
-            command = [sys.executable, "-m", "benchmarks.speculative", "subject", "--name", name]
-            run = subprocess.run(command, check=True, capture_output=True, text=True)
-            ms[name] = json.loads(run.stdout.splitlines()[-1])
-    ours = ms.pop("blockffn")
-    best = min(ms, key=lambda name: ms[name]["plain"])
-    dense = ms[best]["plain"]
-    speculative = (ours["draft"] + ours["verify"]) / ACCEPTED
-    table = Table(title=f"2.8B shape, bf16, {CONTEXT} tokens of context; random weights, replayed "
-                        f"routing, {ACCEPTED} tokens accepted a step as published")  # fmt: skip
-    for column in ("", "ms a token", "faster than the best dense", "bar"):
-        table.add_column(column)
-    for name, value in ms.items():
-        label = f"dense, {name} (best)" if name == best else f"dense, {name}"
-        table.add_row(label, f"{value['plain']:.1f}", f"{dense / value['plain']:.2f}x")
-    table.add_row(
-        "blockffn, plain", f"{ours['plain']:.1f}", f"{dense / ours['plain']:.2f}x", "2.9x"
-    )
-    detail = (
-        f"blockffn, EAGLE: draft {ours['draft']:.0f} + verify {TREE} nodes {ours['verify']:.0f}"
-    )
-    table.add_row(detail, f"{speculative:.1f}", f"{dense / speculative:.2f}x", "3.67x")
-    console.print(table)
-    return [
-        record("2.8B shape, replayed", "plain", best, ours["plain"], dense),
-        record("2.8B shape, replayed", "eagle", best, speculative, dense),
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=("bundled", "hf", "scale", "subject"))
-    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("work", choices=("bundled", "hf"))
     parser.add_argument("--drafter", type=Path, default=bundled_path() / "drafter")
     parser.add_argument("--json", type=Path, help="write benchmark records here")
     options = parser.parse_args()
-    if options.work == "subject":
-        print(json.dumps(scale_subject(options.name)))
-        return
     console = Console(width=110)
     console.print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}")
     if options.work == "bundled":
         records = bundled(options.drafter, console)
     else:
-        records = hugging_face(console) if options.work == "hf" else scale(console)
+        records = hugging_face(console)
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n")
 

@@ -15,7 +15,6 @@ import itertools
 import logging
 import operator
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from blockffn_compile.passes import linears
 from blockffn_compile.passes.aten import METADATA_ASSERTION, lower, size_token
+from blockffn_compile.passes.emitter import Emitter
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
 from blockffn_compile.passes.view import Size, Value, ancestors
 
@@ -38,9 +38,6 @@ aten = torch.ops.aten
 GRADIENTS = "gradients are needed; run it under torch.no_grad() or torch.inference_mode()"
 WRITES = "tensors are written in place before it; functionalise the graph first"
 SIZES = "the token axes of the output are symbolic and cannot be read off those of the input"
-
-#: What a new node takes over from the one it replaces: where it came from in the model.
-_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "seq_nr")
 
 #: Largest error of a verified rewrite, relative to the largest output.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -212,28 +209,8 @@ def _forward_part(graph: fx.Graph) -> list[fx.Node]:
 # --- Emission -------------------------------------------------------------------------------------
 
 
-class _Emitter:
-    """Writes nodes with ``meta["val"]``, and the origin of ``like``, at the insertion point."""
-
-    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
-        self.graph = graph
-        self.origin = {k: v for k, v in like.meta.items() if k in _ORIGIN}
-
-    def call(self, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        values = fx.map_arg(args, lambda n: n.meta["val"])
-        modes = (v.fake_mode for v in values if isinstance(v, FakeTensor))
-        if (mode := next(modes, None)) is not None:
-            # A constant of the graph's module may come with itself instead of a fake tensor.
-            values = tuple(
-                v
-                if isinstance(v, FakeTensor) or not isinstance(v, Tensor)
-                else mode.from_tensor(v, static_shapes=True)
-                for v in values
-            )
-        with mode or nullcontext():
-            node.meta = {**self.origin, "val": target(*values)}
-        return node
+class _LayerEmitter(Emitter):
+    """Writes the fused operation."""
 
     def matrix(self, matrix: Matrix, node: fx.Node) -> fx.Node:
         """``node`` read as ``matrix``."""
@@ -292,7 +269,7 @@ class _Emitter:
 
 
 def _placeable(match: BlockFFNMatch) -> bool:
-    """Whether :meth:`_Emitter.sizes` can tell the shape of the output."""
+    """Whether :meth:`_LayerEmitter.sizes` can tell the shape of the output."""
     symbolic = [size for size in match.output.value.shape if not isinstance(size, int)]
     return len(symbolic) <= 1 or set(symbolic) <= set(match.x.value.shape)
 
@@ -317,7 +294,7 @@ def _replace(graph: fx.Graph, match: BlockFFNMatch) -> None:
             if user.target is METADATA_ASSERTION:  # left by torch.export; keeps the value alive
                 graph.erase_node(user)
     with graph.inserting_before(output.source):
-        new = _Emitter(graph, output.source).layer(match, nodes)
+        new = _LayerEmitter(graph, output.source).layer(match, nodes)
     output.source.replace_all_uses_with(new)
     output.source = new  # for a layer that reads it
 
@@ -363,7 +340,7 @@ def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
         for value, tensor in zip(operands, inputs, strict=True):
             nodes[value] = fused.placeholder(value.source.name)
             nodes[value].meta["val"] = tensor
-        fused.output(_Emitter(fused, output).layer(match, nodes))
+        fused.output(_LayerEmitter(fused, output).layer(match, nodes))
 
         root = graph.owning_module or torch.nn.Module()
         expected, actual = (fx.GraphModule(root, g)(*inputs) for g in (original, fused))

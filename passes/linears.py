@@ -11,11 +11,12 @@ left to itself, Inductor keeps some of them in fp32, and which ones depends on t
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+
+from blockffn_compile.passes.emitter import Emitter
 
 log = logging.getLogger("blockffn_compile")
 aten = torch.ops.aten
@@ -93,21 +94,14 @@ def _replace(graph: fx.Graph, products: list[tuple[fx.Node, fx.Node]]) -> None:
     """One call for products of the same tokens, at the place of the first."""
     first = products[0][0]
     weights = [weight for _, weight in products]
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
-        values = fx.map_arg(args, lambda n: n.meta["val"])
-        with getattr(first.meta["val"], "fake_mode", None) or nullcontext():
-            node.meta = {**first.meta, "val": target(*values)}
-        return node
-
+    new = Emitter(graph, first)
     with graph.inserting_before(first):
-        joined = call(torch.ops.blockffn.linear.default, first.args[0], weights)
+        joined = new.call(torch.ops.blockffn.linear.default, first.args[0], weights)
         start = 0
         for product, weight in products:
             end = start + weight.meta["val"].shape[0]
             part = joined
             if len(products) > 1:
-                part = call(aten.slice.Tensor, joined, 1, start, end)
+                part = new.call(aten.slice.Tensor, joined, 1, start, end)
             product.replace_all_uses_with(part)
             start = end
