@@ -94,7 +94,11 @@ def activation(value: Value) -> tuple[str, Value] | None:
             if shifted[0].op == "tanh" and _is_function_of(shifted[0], u):
                 return "gelu_tanh", u
             argument, factor = product(shifted[0].inputs[0], _CASTS)
-            if shifted[0].op == "erf" and argument == [u] and isclose(factor, sqrt(0.5)):
+            if (
+                shifted[0].op == "erf"
+                and argument == [u]
+                and isclose(factor, sqrt(0.5), rel_tol=1e-6)
+            ):
                 return "gelu", u
     return None
 

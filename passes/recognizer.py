@@ -168,8 +168,8 @@ def _matrix(factor: Factor, rows: tuple[Axis, ...], columns: tuple[Axis, ...]) -
     shape = (-1 if rows else 1, _size(columns))
     readings = []
     for value, dims in factor.path:
-        if frozenset(flat(dims)) != factor.axes:
-            continue  # it repeats elements along an axis that is neither
+        if frozenset(flat(dims)) != factor.axes or value.source is None:
+            continue  # it repeats elements along an axis that is neither, or is not in the graph
         top = [i for i, dim in enumerate(dims) if not set(leaves(dim)) & set(columns)]
         perm = top + [i for i in range(len(dims)) if i not in top]
         if flat(tuple(dims[i] for i in perm)) == rows + columns:

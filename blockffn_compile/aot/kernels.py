@@ -1,0 +1,60 @@
+"""The TIR kernels for one tiling, as :mod:`blockffn_compile.passes.relax` asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import tvm
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+from tvm import tirx
+
+from blockffn_compile.layer import BlockFFNSpec
+from blockffn_compile.passes.relax_emit import Panels
+from blockffn_compile.schedules.packing import panel_width, to_panels, unfold
+from blockffn_compile.schedules.tir import cpu, linear, tile
+
+
+class CpuKernels:
+    """Kernels for CPUs.
+
+    Attributes:
+        widest: most outputs of a panel, a multiple of 16.
+        tokens: most tokens of a register tile.
+    """
+
+    def __init__(self, widest: int, tokens: int) -> None:
+        self.widest, self.tokens = widest, tokens
+
+    def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
+        """See :class:`~blockffn_compile.passes.relax.Kernels`."""
+        hidden, experts, size = spec.hidden_size, spec.num_experts, spec.expert_size
+        up, down = panel_width(size, self.widest), panel_width(hidden, self.widest)
+        tiling = tile.Tiling(up, down, self.tokens)
+        function = cpu.chunk_sparse_ffn(hidden, experts, size, dtype, spec.act, spec.gated, tiling)
+        return function, up, down
+
+    def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
+        """See :class:`~blockffn_compile.passes.relax.Kernels`."""
+        panel = panel_width(outputs, self.widest)
+        return linear.panel_linear(inputs, outputs, dtype, panel, self.tokens), panel
+
+    def pack(self, panels: Panels, weights: Sequence[tvm.runtime.Tensor]) -> tvm.runtime.Tensor:
+        """See :class:`~blockffn_compile.passes.relax.Kernels`."""
+        packed = pack(panels, [from_dlpack(weight) for weight in weights])
+        return tvm.runtime.from_dlpack(packed)
+
+
+def pack(panels: Panels, weights: Sequence[Tensor]) -> Tensor:
+    """Panels of stored weights, in the order of ``panels.weights``."""
+    matrices = [
+        unfold(
+            weight,
+            stored.axes,
+            {"e": panels.experts, "n": stored.outputs, "k": panels.inputs},
+            "enk",
+        )
+        for stored, weight in zip(panels.weights, weights, strict=True)
+    ]
+    return to_panels(torch.cat(matrices, dim=1), panels.panel)
