@@ -33,6 +33,9 @@ from blockffn_compile.passes.view import (
 
 _CASTS = frozenset({"cast"})
 
+#: Relative rounding error of a number that a graph stores with the element type of its tensors.
+_ROUNDING = {"float16": 2**-10, "bfloat16": 2**-7}
+
 
 # --- Activations ----------------------------------------------------------------------------------
 
@@ -94,10 +97,11 @@ def activation(value: Value) -> tuple[str, Value] | None:
             if shifted[0].op == "tanh" and _is_function_of(shifted[0], u):
                 return "gelu_tanh", u
             argument, factor = product(shifted[0].inputs[0], _CASTS)
+            rounding = _ROUNDING.get(u.dtype, 2**-22)
             if (
                 shifted[0].op == "erf"
                 and argument == [u]
-                and isclose(factor, sqrt(0.5), rel_tol=1e-6)
+                and isclose(factor, sqrt(0.5), rel_tol=rounding)
             ):
                 return "gelu", u
     return None

@@ -17,11 +17,11 @@ from blockffn_compile.passes import fx as passes
 from blockffn_compile.passes.fx import (
     BlockFFNGraphPass,
     BlockFFNPass,
-    VerificationError,
     find,
     rewrite,
 )
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, recognise
+from blockffn_compile.passes.verification import VerificationError
 from tests.passes.near_misses import NEAR_MISSES, OTHERS
 from tests.passes.spellings import MATCHES, E, H, S, Spelling
 from tests.passes.tracing import TABLES, targets, trace
