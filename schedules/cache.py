@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from blockffn_compile.paths import cache_dir
+
 log = logging.getLogger(__name__)
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-def cache_dir() -> Path:
-    """``$BLOCKFFN_CACHE_DIR``, else ``blockffn`` under the user's cache folder."""
-    if path := os.environ.get("BLOCKFFN_CACHE_DIR"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockffn"
 
 
 def cached(name: str, source: str, make: Callable[[Path], None], suffix: str = ".so") -> Path:

@@ -1,15 +1,134 @@
 """A model's decoding step as Relax functions.
 
-TVM's importer of exported PyTorch programs does most of it; converters here stand for what it
-lacks, or does in another precision than PyTorch.
+TVM's importer of exported PyTorch programs does most of it; the converters here stand for what it
+lacks, or does otherwise than PyTorch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+import tvm
+from torch import Tensor, fx, nn
+from torch.export import Dim
 from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
+
+from blockffn_compile.models.cache import StaticCache, TreeStep
+from blockffn_compile.models.config import BlockFFNConfig
+from blockffn_compile.models.modeling import BlockFFNForCausalLM
+from blockffn_compile.schedules.tir.attention import cached_attention
+from blockffn_compile.schedules.tir.cache import store_entries
+from blockffn_compile.schedules.tir.tile import LANES, MAX_TOKENS
+
+#: Inputs of a step, int64 [T] each, see :class:`~blockffn_compile.models.cache.TreeStep`.
+STEP_INPUTS = ("tokens", "positions", "rows", "context", "slots", "ancestors")
+
+Converter = Callable[[fx.Node, Any], relax.Var]
+
+
+class _Trunk(nn.Module):
+    """Features [T, H] of the tokens of a step."""
+
+    def __init__(self, model: BlockFFNForCausalLM) -> None:
+        super().__init__()
+        self._decoder = [model.model]  # in a list: its parameters are arguments, not parameters
+
+    def forward(
+        self,
+        inputs: tuple[Tensor, ...],
+        cache: tuple[Tensor, ...],
+        weights: dict[str, Tensor],
+    ) -> Tensor:
+        tokens, positions, *places = inputs
+        step = TreeStep(StaticCache.of(list(cache[::2]), list(cache[1::2])), *places)
+        arguments = (tokens[None], positions, step)
+        return torch.func.functional_call(self._decoder[0], weights, arguments)[0]
+
+
+class _Head(nn.Module):
+    """Logits [N, V] of features."""
+
+    def __init__(self, model: BlockFFNForCausalLM) -> None:
+        super().__init__()
+        self.scale = model.logit_scale
+
+    def forward(self, features: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(features * self.scale, weight)
+
+
+def export(config: BlockFFNConfig, dtype: torch.dtype) -> tuple[tvm.IRModule, dict[str, str]]:
+    """The functions ``trunk`` and ``head`` of a model; no weight is touched.
+
+    ``trunk(*STEP_INPUTS, keys 0, values 0, keys 1, ..., weights...)`` returns features [T, H] and
+    writes the cache in place; ``head(features, weight)`` returns logits.  The number of tokens T,
+    at most 64, that of texts and the length of the cache are symbolic.
+
+    Args:
+        config: of the model.
+        dtype: of weights and cache.
+
+    Returns:
+        The module, and the name of each weight in the model's state by that of its parameter.
+        ``model.rotary.cos`` and ``.sin`` are weights too.
+
+    Raises:
+        ValueError: attention heads have a size that the kernel does not take.
+    """
+    with torch.device("meta"):
+        model = BlockFFNForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        cache = StaticCache(config, 2, 3, dtype, torch.device("meta"))
+        inputs = tuple(torch.zeros(5, dtype=torch.int64) for _ in STEP_INPUTS)
+        features = torch.zeros(5, config.hidden_size, dtype=dtype)
+    for name, dim in (("key", cache.keys[0].shape[3]), ("value", cache.values[0].shape[3])):
+        if dim % LANES:
+            raise ValueError(f"{name} heads of {dim}: bundles need a multiple of {LANES}")
+    decoder = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
+    weights = {name: tensor.detach() for name, tensor in decoder.items()}
+    entries = [t for pair in zip(cache.keys, cache.values, strict=True) for t in pair]
+    few, many = Dim("t", min=1, max=MAX_TOKENS), Dim("n", min=1, max=MAX_TOKENS)
+    sizes = {0: Dim("b", min=1, max=2**20), 2: Dim("l", min=1, max=config.max_position_embeddings)}
+    trunk = _relax(
+        _Trunk(model),
+        (inputs, tuple(entries), weights),
+        (({0: few},) * len(inputs), (sizes,) * len(entries), dict.fromkeys(weights)),
+        len(inputs) + len(entries),
+    )
+    head = _relax(_Head(model), (features, model.lm_head.weight), ({0: many}, None), 1)
+    names = {f"weights_{name.replace('.', '_')}": f"model.{name}" for name in weights}
+    tied = config.tie_word_embeddings
+    names["weight"] = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    return _merge({"trunk": trunk, "head": head}), names
+
+
+def _relax(module: nn.Module, arguments: Any, dims: Any, inputs: int) -> tvm.IRModule:
+    """The function ``main`` of a module, of which the first ``inputs`` are not weights."""
+    program = torch.export.export(module, arguments, dynamic_shapes=dims).run_decompositions()
+    mod = from_exported_program(
+        program,
+        run_ep_decomposition=False,
+        unwrap_unit_return_tuple=True,
+        custom_convert_map=CONVERTERS,
+    )
+    mod["main"] = mod["main"].with_attr("num_input", inputs)
+    return mod
+
+
+def _merge(modules: dict[str, tvm.IRModule]) -> tvm.IRModule:
+    """One module with the ``main`` of each under a new name."""
+    merged = tvm.IRModule()
+    for name, mod in modules.items():
+        for gv, function in mod.functions.items():
+            if gv.name_hint == "main":
+                merged[name] = function.with_attr("global_symbol", name)
+            else:
+                merged.update_func(gv, function)
+    return merged
+
+
+# --- Converters -----------------------------------------------------------------------------------
 
 
 def _matmul(node: fx.Node, importer: Any) -> relax.Var:
@@ -28,4 +147,50 @@ def _amax(node: fx.Node, importer: Any) -> relax.Var:
     )
 
 
-CONVERTERS = {"mm.default": _matmul, "bmm.default": _matmul, "amax.default": _amax}
+def _pow(node: fx.Node, importer: Any) -> relax.Var:
+    """A square is a product: the power function costs a hundred times as much."""
+    args: Any = node.args
+    x, exponent = importer.env[args[0]], args[1]
+    if exponent == 2:
+        return importer.block_builder.emit(relax.op.multiply(x, x))
+    return importer.block_builder.emit(relax.op.power(x, relax.const(exponent, x.ty.dtype)))
+
+
+def _index_put(node: fx.Node, importer: Any) -> relax.Var:
+    """``cache[rows, :, slots] = new``, in the caller's memory."""
+    args: Any = node.args
+    cache, (rows, everything, slots), new = args[:3]
+    if everything is not None or len(args) > 3:
+        raise ValueError(f"{node.format_node()}: only cache[rows, :, slots] = new can be written")
+    _, heads, _, dim = node.meta["val"].shape
+    cache, new, rows, slots = (importer.env[arg] for arg in (cache, new, rows, slots))
+    kernel = _add(importer, store_entries(heads, dim, str(cache.ty.dtype.dtype)))
+    return importer.block_builder.emit(
+        relax.op.call_tir_inplace(kernel, (cache, new, rows, slots), [0], cache.ty)
+    )
+
+
+def _attention(node: fx.Node, importer: Any) -> relax.Var:
+    args = [importer.env[arg] for arg in node.args]
+    q, keys, values = (arg.ty for arg in args[:3])
+    tokens, heads, key_dim = q.shape
+    kv_heads, value_dim = int(keys.shape[1]), int(values.shape[3])
+    dtype = str(q.dtype.dtype)
+    kernel = _add(importer, cached_attention(int(heads), kv_heads, int(key_dim), value_dim, dtype))
+    result = relax.TensorType((tokens, heads, value_dim), dtype)
+    return importer.block_builder.emit(relax.call_tir(kernel, args, result))
+
+
+def _add(importer: Any, function: Any) -> Any:
+    name = str(function.attrs["global_symbol"])
+    return importer.block_builder.add_func(function.without_attr("global_symbol"), name)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "mm.default": _matmul,
+    "bmm.default": _matmul,
+    "amax.default": _amax,
+    "pow.Tensor_Scalar": _pow,
+    "index_put.default": _index_put,
+    "cached_attention.default": _attention,
+}

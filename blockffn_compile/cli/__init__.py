@@ -2,16 +2,7 @@
 
 import typer
 
-from blockffn_compile.cli import (
-    demo,
-    explain,
-    generate,
-    rewrite,
-    sparsity,
-    specbench,
-    train,
-    train_drafter,
-)
+from blockffn_compile.cli import demo, explain, generate, sparsity, specbench, train, train_drafter
 
 app = typer.Typer(
     name="blockffn",
@@ -24,7 +15,6 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(explain.explain)
-app.command()(rewrite.rewrite)
 app.command()(sparsity.sparsity)
 app.command()(specbench.specbench)
 app.command()(train.train)

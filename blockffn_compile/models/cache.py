@@ -32,12 +32,7 @@ class StaticCache:
                 f"cache length {max_len} is not within 1..{config.max_position_embeddings} "
                 "(max_position_embeddings)"
             )
-        if config.attention_type == "mla":
-            heads = config.num_attention_heads
-            key_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-            value_dim = config.value_dim
-        else:
-            heads, key_dim, value_dim = config.kv_heads, config.head_dim, config.head_dim
+        heads, key_dim, value_dim = config.cache_sizes
         self.max_len = max_len
         layers = range(config.num_hidden_layers)
         # Zeros, not empty: masked slots enter the attention sums as 0 * value.

@@ -6,6 +6,9 @@ Nothing in a checkpoint is executed: no pickle, no code.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +55,36 @@ def _canonical(name: str, expected: dict[str, Tensor]) -> str:
     return name
 
 
-def load_model(
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> BlockFFNForCausalLM:
-    """Loads a BlockFFN checkpoint directory.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint directory, whose tensors are read one by one.
+
+    Attributes:
+        config: of the model.
+        places: file of each tensor, and its name there, by its name in the model.
+        dtype: of the embedding.
+    """
+
+    config: BlockFFNConfig
+    places: dict[str, tuple[Path, str]]
+    dtype: torch.dtype
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor that the model calls ``name``.
+
+        Raises:
+            CheckpointError: its file is no longer what it was.
+        """
+        file, stored = self.places[name]
+        with _open(file, device) as shard:
+            return shard.get_tensor(stored)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Checks names and shapes in a checkpoint directory, without reading tensors.
 
     Args:
         path: directory with ``config.json`` and ``model.safetensors`` or an indexed set of shards.
-        dtype: of the parameters; default: that of the stored embedding.
-        device: where the parameters live.
-
-    Returns:
-        The model in eval mode.
 
     Raises:
         CheckpointError: a file, field or tensor is missing, unexpected or malformed; the message
@@ -74,20 +93,47 @@ def load_model(
     path = Path(path)
     config = BlockFFNConfig.from_file(path / "config.json")
     with torch.device("meta"):
-        model = BlockFFNForCausalLM(config)
-    expected = dict(model.state_dict())
+        expected = dict(BlockFFNForCausalLM(config).state_dict())
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    state: dict[str, Tensor] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file, promised in _shards(path).items():
-        for name, tensor in _read_shard(file, promised, expected, device).items():
-            if name in state:
+        for name, stored in _names(file, promised, expected).items():
+            if name in places:
                 raise CheckpointError(f"{file}: tensor {name} is stored twice")
-            state[name] = tensor
-    check_complete(path, expected, state)
+            places[name] = file, stored
+    check_complete(path, expected, places)
+    file, stored = places["model.embed_tokens.weight"]
+    with _open(file) as shard:
+        dtype = shard.get_slice(stored)[:0].dtype
+    return Checkpoint(config, places, dtype)
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> BlockFFNForCausalLM:
+    """Loads a BlockFFN checkpoint directory.
+
+    Args:
+        path: as for :func:`open_checkpoint`.
+        dtype: of the parameters; default: that of the stored embedding.
+        device: where the parameters live.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: as for :func:`open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = BlockFFNForCausalLM(config)
     # One dtype for all: released checkpoints may keep, say, the norms wider than the rest.
-    dtype = dtype or state["model.embed_tokens.weight"].dtype
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    dtype = dtype or checkpoint.dtype
+    state = {name: checkpoint.read(name, device).to(dtype) for name in checkpoint.places}
     model.load_state_dict(state, strict=False, assign=True)
     # Buffers are not stored; they are computed where the model now lives.
     model.model.rotary = RotaryEmbedding(config).to(device)
@@ -96,9 +142,9 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def check_complete(path: Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raises CheckpointError, naming the first of ``expected`` that ``state`` lacks."""
-    missing = sorted(expected.keys() - state.keys())
+def check_complete(path: Path, expected: dict[str, Tensor], found: Iterable[str]) -> None:
+    """Raises CheckpointError, naming the first of ``expected`` that is not ``found``."""
+    missing = sorted(expected.keys() - set(found))
     if missing:
         shape = list(expected[missing[0]].shape)
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -116,39 +162,38 @@ def check_shape(file: Path, name: str, shape: list[int], expected: Tensor | None
         )
 
 
-def _read_shard(
-    file: Path,
-    promised: set[str],
-    expected: dict[str, Tensor],
-    device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Tensors of one shard under the model's names, their shapes checked before they are read."""
-    # A tied head is often stored once more, and older checkpoints store rotary tables.
-    ignored = {"lm_head.weight"} - expected.keys()
-    state: dict[str, Tensor] = {}
+@contextmanager
+def _open(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device=str(device)) as shard:
-            stored = set(shard.keys())
-            if absent := promised - stored:
-                raise CheckpointError(
-                    f"{file}: missing tensor {min(absent)}, which the index lists"
-                )
-            for name in sorted(stored):
-                target = _canonical(name, expected)
-                if target in ignored or target.endswith("rotary_emb.inv_freq"):
-                    continue
-                check_shape(file, name, shard.get_slice(name).get_shape(), expected.get(target))
-                if target in state:
-                    raise CheckpointError(f"{file}: tensor {target} is stored twice")
-                tensor = shard.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise CheckpointError(f"{file}: tensor {name} is {tensor.dtype}, not a float")
-                state[target] = tensor
+            yield shard
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-    return state
+
+
+def _names(file: Path, promised: set[str], expected: dict[str, Tensor]) -> dict[str, str]:
+    """The stored name of each of the model's tensors in one shard, shapes and types checked."""
+    # A tied head is often stored once more, and older checkpoints store rotary tables.
+    ignored = {"lm_head.weight"} - expected.keys()
+    names: dict[str, str] = {}
+    with _open(file) as shard:
+        stored = set(shard.keys())
+        if absent := promised - stored:
+            raise CheckpointError(f"{file}: missing tensor {min(absent)}, which the index lists")
+        for name in sorted(stored):
+            target = _canonical(name, expected)
+            if target in ignored or target.endswith("rotary_emb.inv_freq"):
+                continue
+            part = shard.get_slice(name)
+            check_shape(file, name, part.get_shape(), expected.get(target))
+            if target in names:
+                raise CheckpointError(f"{file}: tensor {target} is stored twice")
+            if not part[:0].is_floating_point():
+                raise CheckpointError(f"{file}: tensor {name} is {part[:0].dtype}, not a float")
+            names[target] = name
+    return names
 
 
 def save_model(

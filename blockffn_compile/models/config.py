@@ -145,6 +145,14 @@ class BlockFFNConfig:
         return self.qk_rope_head_dim if self.attention_type == "mla" else self.head_dim
 
     @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        """Key heads of a layer in the cache, width of a key, width of a value."""
+        if self.attention_type == "mla":
+            key_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+            return self.num_attention_heads, key_dim, self.value_dim
+        return self.kv_heads, self.head_dim, self.head_dim
+
+    @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         return () if self.eos_token_id is None else (self.eos_token_id,)

@@ -1,0 +1,395 @@
+"""Bundles: directories that hold a compiled model, and their loading without PyTorch.
+
+**A bundle contains native code, which loading it executes.** The checks here catch damage and
+mistakes: they cannot tell whether the code is harmless, for whoever can write ``model.so`` can
+write its hash.  Load bundles that you built, or that came from someone you would let run programs
+on the machine, by a channel that shows who sent them.
+
+A bundle holds these files and needs no other:
+
+``manifest.json``
+    The fields of :class:`Manifest`, in JSON (UTF-8).
+``model.so``
+    A shared library for the manifest's target, with the functions below as the executable of
+    TVM's Relax virtual machine (TVM 0.27: load the module, call its function
+    ``vm_load_executable``, and on the result ``vm_initialization`` with the three integers
+    device type 1, device id 0, allocator 2).
+``weights.safetensors``
+    Every weight, at a multiple of 64 bytes from the start of the file, so that the file can be
+    mapped to memory.  Tensors named ``padding.N`` are there for that.  A name that ends in
+    ``.panels`` is for panels [E, ceil(N/P), K, P] (``schedules/packing.py``) of the weights named
+    before, joined by ``+``.
+``tokenizer.json``
+    For the ``tokenizers`` library, as in the checkpoint; absent where that had none.
+
+``trunk(tokens, positions, rows, context, slots, ancestors, cache, weights)``
+    Runs T tokens, 1 to ``max_tokens``: nodes of draft trees, a chunk of a prompt (a chain), or one
+    token.  Returns features [T, hidden_size].
+
+    - ``tokens`` .. ``ancestors``: six tensors int64 [T].  Of each token: its id; its position in
+      its text; the text, a row of the cache; how many cache slots of the text lie before the tree
+      (``context``); the slot that its key and value go to, ``context + i`` for the i-th node of
+      its tree; and the nodes it sees, bit j for node j, itself included.
+    - ``cache``: an array of ``2 * layers`` tensors, keys and values of each layer in turn:
+      [rows, heads, length, key_dim] and [rows, heads, length, value_dim].  They are written in
+      place.  Rows and length are the caller's choice, the same for all; what no token has
+      written is never read.
+    - ``weights``: an array of the tensors that ``trunk_weights`` names, in that order.
+
+    The function checks shapes and types, not values: an id that is not in the vocabulary, or a
+    slot or position outside of the cache, is undefined behaviour.
+
+``head(features, weights)``
+    Logits [N, vocab_size] of features [N, hidden_size], N from 1 to ``max_tokens``; ``weights`` as
+    ``head_weights`` names them.
+
+All tensors are contiguous, on the CPU, at addresses that are multiples of 64.  To keep only some
+nodes of a tree, a caller moves their cache entries together, behind the context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import platform
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockffn_compile.aot.machine import cpu_features
+from blockffn_compile.paths import cache_dir
+
+if TYPE_CHECKING:
+    import tvm
+
+FORMAT = 1
+MANIFEST, CODE, WEIGHTS, TOKENIZER = (
+    "manifest.json",
+    "model.so",
+    "weights.safetensors",
+    "tokenizer.json",
+)
+FILES = frozenset({MANIFEST, CODE, WEIGHTS, TOKENIZER})
+ALIGNMENT = 64
+#: Most bytes of a manifest, and of the header of the weights.
+LARGEST_HEADER = 1 << 24
+
+#: Element types of safetensors in the words of TVM, and their sizes.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+
+
+class BundleError(ValueError):
+    """A bundle cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        format: of the bundle, ``FORMAT``.
+        target: name of what it was built for.
+        architecture: that the machine must have, as ``platform.machine()`` says.
+        cpu_features: that the CPU must have, in the words of ``/proc/cpuinfo``.
+        llvm: TVM's description of the target.
+        dtype: of features, logits, cache and, but for rotary tables, weights.
+        vocab_size: V.
+        hidden_size: H.
+        max_length: longest text, prompt and new tokens together.
+        max_tokens: most tokens of one call.
+        layers: of the model.
+        heads: key heads of a layer.
+        key_dim: width of a key.
+        value_dim: width of a value.
+        stop_tokens: that end a text.
+        trunk_weights: names of the weights of ``trunk``, in order.
+        head_weights: names of the weights of ``head``, in order.
+        versions: of the software that built it, by package.
+        sizes: in bytes, of every other file.
+        sha256: of every other file, hexadecimal.
+    """
+
+    format: int
+    target: str
+    architecture: str
+    cpu_features: list[str]
+    llvm: dict[str, Any]
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    max_length: int
+    max_tokens: int
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    stop_tokens: list[int]
+    trunk_weights: list[str]
+    head_weights: list[str]
+    versions: dict[str, str]
+    sizes: dict[str, int]
+    sha256: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Checks every field.
+
+        Raises:
+            BundleError: a field is missing, unknown, or not of its type or range.
+        """
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"not valid JSON: {error}") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            known = found.get("format") if isinstance(found, dict) else None
+            raise BundleError(f"format {known!r}, this version reads format {FORMAT}")
+        names = {field.name for field in fields(Manifest)}
+        if found.keys() != names:
+            wrong = sorted(found.keys() ^ names)[0]
+            raise BundleError(f"field {wrong!r} is {'unknown' if wrong in found else 'missing'}")
+        for field in fields(Manifest):
+            if not _is_a(str(field.type), found[field.name]):
+                raise BundleError(f"field {field.name!r} is not {field.type}, within its range")
+        manifest = Manifest(**found)
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        named = self.sizes.keys()
+        if not {CODE, WEIGHTS} <= named <= FILES - {MANIFEST} or named != self.sha256.keys():
+            raise BundleError(
+                f"files are not {CODE}, {WEIGHTS} and {TOKENIZER}, each with its size and hash"
+            )
+        if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in self.sha256.values()):
+            raise BundleError("a hash is not 64 hexadecimal digits")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise BundleError(f"dtype {self.dtype!r} is not one of float32, bfloat16, float16")
+        if any(token >= self.vocab_size for token in self.stop_tokens):
+            raise BundleError("a stop token is not in the vocabulary")
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    """Whether a JSON value is of the type of a field: a text, a count, or several of them."""
+    if kind == "str":
+        return type(value) is str
+    if kind == "int":
+        return type(value) is int and 0 < value < 2**63
+    if kind == "list[int]":
+        return type(value) is list and all(type(v) is int and v >= 0 for v in value)
+    if kind == "list[str]":
+        return type(value) is list and all(type(v) is str for v in value)
+    inner = {"dict[str, str]": str, "dict[str, int]": int, "dict[str, Any]": object}[kind]
+    return type(value) is dict and all(isinstance(v, inner) for v in value.values())
+
+
+class Bundle(NamedTuple):
+    """A loaded bundle.
+
+    Attributes:
+        path: its directory.
+        manifest: checked.
+        trunk: the function.
+        head: the function.
+        trunk_weights: its last argument.
+        head_weights: its last argument.
+    """
+
+    path: Path
+    manifest: Manifest
+    trunk: Any
+    head: Any
+    trunk_weights: Any
+    head_weights: Any
+
+
+def load(path: str | Path, *, verify: bool = False) -> Bundle:
+    """Checks a bundle and loads it; see the module's text for whom to trust.
+
+    Nothing of it runs before the manifest, the machine and the hash of the code were checked.  The
+    weights, which are mapped to memory, are hashed when the file has changed since it last was, or
+    is new on this machine: gigabytes take seconds.
+
+    Args:
+        path: the directory.
+        verify: hash the weights in any case.
+
+    Raises:
+        BundleError: a file is missing, damaged or not the manifest's, or this machine or TVM is
+            not what the bundle was built for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such directory; give a bundle made by blockffn compile")
+    manifest = read_manifest(path)
+    check_machine(path, manifest)
+    for name, size in manifest.sizes.items():
+        _check_file(path / name, size)
+    for name in manifest.sizes.keys() - {WEIGHTS}:
+        check_hash(path / name, manifest.sha256[name])
+    tensors = _map_weights(path / WEIGHTS, manifest, verify)
+
+    import tvm
+    import tvm_ffi
+    from tvm.runtime.vm import VirtualMachine
+
+    check_version(path, manifest, tvm.__version__)
+    try:
+        machine = VirtualMachine(tvm.runtime.load_module(str(path / CODE)), tvm.cpu())
+        trunk, head = machine["trunk"], machine["head"]
+    except Exception as error:  # whatever TVM raises for code that is none of its own
+        raise BundleError(f"{path / CODE}: TVM cannot load it: {error}") from None
+    arrays = []
+    for names in (manifest.trunk_weights, manifest.head_weights):
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise BundleError(f"{path / WEIGHTS}: missing tensor {missing[0]}")
+        arrays.append(tvm_ffi.Array([tensors[name] for name in names]))
+    return Bundle(path, manifest, trunk, head, *arrays)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The checked manifest of a bundle.
+
+    Raises:
+        BundleError: it is missing, too large, or wrong in a field.
+    """
+    file = path / MANIFEST
+    if _check_file(file, None) > LARGEST_HEADER:
+        raise BundleError(f"{file}: larger than {LARGEST_HEADER} bytes")
+    try:
+        return Manifest.from_json(file.read_text(encoding="utf-8"))
+    except BundleError as error:
+        raise BundleError(f"{file}: {error}") from None
+    except (OSError, UnicodeError) as error:
+        raise BundleError(f"{file}: cannot be read: {error}") from None
+
+
+def check_machine(path: Path, manifest: Manifest) -> None:
+    """Raises BundleError where this machine is not what the bundle was built for."""
+    here = platform.machine()
+    if here != manifest.architecture:
+        raise BundleError(
+            f"{path}: built for {manifest.target} ({manifest.architecture}), this machine is {here}"
+        )
+    if lacking := sorted(set(manifest.cpu_features) - cpu_features()):
+        raise BundleError(
+            f"{path}: built for {manifest.target}; this CPU lacks {', '.join(lacking)}: build the "
+            "bundle for another target (blockffn compile --target)"
+        )
+
+
+def check_version(path: Path, manifest: Manifest, version: str) -> None:
+    """Raises BundleError where TVM is not of the release that built the bundle."""
+    built = manifest.versions.get("apache-tvm", "")
+    if built.split(".")[:2] != version.split(".")[:2]:
+        raise BundleError(
+            f"{path}: built with apache-tvm {built or 'of unknown version'}, this is {version}; "
+            "install that release or build the bundle anew"
+        )
+
+
+def _check_file(file: Path, size: int | None) -> int:
+    """Size of a file, a regular one of that size."""
+    try:
+        status = file.lstat()
+    except OSError:
+        raise BundleError(f"{file}: no such file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{file}: not a regular file")
+    if size is not None and status.st_size != size:
+        raise BundleError(f"{file}: {status.st_size} bytes, the manifest says {size}")
+    return status.st_size
+
+
+def check_hash(file: Path, digest: str) -> None:
+    """Raises BundleError where the SHA-256 of a file is another one."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != digest:
+        raise BundleError(
+            f"{file}: damaged or of another bundle: its SHA-256 is not the manifest's"
+        )
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def _map_weights(file: Path, manifest: Manifest, verify: bool) -> dict[str, tvm.runtime.Tensor]:
+    """All tensors, in memory that is read from the file when it is needed."""
+    status = file.stat()
+    identity = (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+    seen = " ".join(map(str, identity))
+    stamp = cache_dir() / f"weights-{manifest.sha256[WEIGHTS][:32]}"
+    known = None
+    with contextlib.suppress(OSError):
+        known = stamp.read_text()
+    if verify or known != seen:
+        check_hash(file, manifest.sha256[WEIGHTS])
+        with contextlib.suppress(OSError):  # no place for stamps: hashed every time
+            stamp.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            stamp.write_text(seen)
+    with file.open("rb") as stream:
+        # Private and writable, as DLPack wants it; nothing is ever written.
+        memory = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    return {
+        name: tensor(memory[start:end], shape, dtype)
+        for name, (dtype, shape, start, end) in read_header(file, memory).items()
+    }
+
+
+def read_header(
+    file: Path, memory: NDArray[np.uint8]
+) -> dict[str, tuple[str, list[int], int, int]]:
+    """Element type, shape, first and last byte of every tensor but the padding.
+
+    Raises:
+        BundleError: the header is no such description of the file.
+    """
+    try:
+        length = int(memory[:8].view("<u8")[0])
+        if length > min(LARGEST_HEADER, len(memory) - 8):
+            raise ValueError("it is longer than the file")
+        header = json.loads(bytes(memory[8 : 8 + length]))
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__" or name.startswith("padding."):
+                continue
+            dtype = DTYPES[entry["dtype"]]
+            shape, (start, end) = entry["shape"], entry["data_offsets"]
+            start, end = start + 8 + length, end + 8 + length
+            sizes = [n for n in shape if type(n) is int and n > 0]
+            if len(sizes) != len(shape) or math.prod(sizes) * DTYPE_BYTES[dtype] != end - start:
+                raise ValueError(f"{name} does not have the size of its shape")
+            if not 8 + length <= start <= end <= len(memory) or start % ALIGNMENT:
+                raise ValueError(f"{name} is outside of the file, or not aligned")
+            tensors[name] = (dtype, shape, start, end)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BundleError(f"{file}: its header is wrong: {error}") from None
+    return tensors
+
+
+def tensor(data: NDArray[np.uint8], shape: Sequence[int], dtype: str) -> tvm.runtime.Tensor:
+    """The same bytes as a tensor of TVM."""
+    import tvm
+
+    return tvm.runtime.from_dlpack(data)._create_view(shape, dtype)

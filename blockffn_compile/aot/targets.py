@@ -1,0 +1,86 @@
+"""What a bundle can be built for."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+from blockffn_compile.aot.machine import X86_64_V3, X86_64_V4, cpu_features, instruction_sets
+from blockffn_compile.schedules.tir.build import host_target, register_tile
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine.
+
+    Attributes:
+        name: on the command line.
+        llvm: TVM's description of it.
+        architecture: as ``platform.machine()`` says there.
+        features: that its CPU must have, in the words of Linux's ``/proc/cpuinfo``.
+        linker: makes the shared library; None for the host's C++ compiler.
+    """
+
+    name: str
+    llvm: dict[str, Any]
+    architecture: str
+    features: tuple[str, ...]
+    linker: str | None = None
+
+    @property
+    def tvm(self) -> tvm.target.Target:
+        return tvm.target.Target(self.llvm)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Widest panel, and most tokens of a register tile."""
+        return register_tile(self.tvm)
+
+
+_X86: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("x86-64-v3", {**_X86, "mcpu": "x86-64-v3"}, "x86_64", X86_64_V3),
+        Target(
+            "x86-64-v4",
+            # LLVM splits 512-bit vectors unless told otherwise.
+            {**_X86, "mcpu": "x86-64-v4", "mattr": ["-prefer-256-bit"]},
+            "x86_64",
+            X86_64_V4,
+        ),
+        Target(
+            "arm64",
+            {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
+            "aarch64",
+            ("asimd",),
+            "aarch64-linux-gnu-g++",
+        ),
+    )
+}
+NAMES = ("native", *TARGETS)
+
+
+def get_target(name: str) -> Target:
+    """A target by its name; ``native`` is the CPU of this machine, with all its features.
+
+    Raises:
+        ValueError: there is no such target.
+    """
+    if name == "native":
+        known, architecture = host_target(), platform.machine()
+        llvm: dict[str, Any] = {
+            "kind": "llvm",
+            "mtriple": f"{architecture}-linux-gnu",
+            "mcpu": str(known.attrs["mcpu"]),
+        }
+        if "mattr" in known.attrs:
+            llvm["mattr"] = [str(attr) for attr in known.attrs["mattr"]]
+        return Target(name, llvm, architecture, instruction_sets(cpu_features()))
+    if name not in TARGETS:
+        raise ValueError(f"unknown target {name!r}; known are {', '.join(NAMES)}")
+    return TARGETS[name]

@@ -1,0 +1,32 @@
+"""A small model and its bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockffn_compile.aot.build import build
+from blockffn_compile.models.modeling import BlockFFNForCausalLM
+from tests.conftest import make_config
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _stamps(tmp_path_factory):
+    """What loading remembers goes where it does not stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOCKFFN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="package")
+def model(make_model: Callable[..., BlockFFNForCausalLM]) -> BlockFFNForCausalLM:
+    return make_model(make_config("gqa", hidden_size=64, expert_size=16)).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="package")
+def bundle(model: BlockFFNForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For this machine."""
+    return build(model, "native", tmp_path_factory.mktemp("bundles") / "native")
