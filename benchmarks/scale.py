@@ -46,7 +46,7 @@ from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
 from blockffn_compile.speculative.policy import Choice, TreePolicy
 from blockffn_compile.speculative.sampling import Sampler
-from blockffn_compile.speculative.tree import DraftTree, best_nodes
+from blockffn_compile.speculative.tree import BEST_CHILD, DraftTree, best_nodes
 
 SHAPE = BlockFFNConfig(
     vocab_size=122753,
@@ -222,8 +222,7 @@ class Replay:
         level, probs = 1, np.exp(tree.log_probs)
         drafter = self.drafter
         while level < min(DEPTH, nodes - 1):
-            reach = np.sort(probs[tree.depths == level])[-WIDTH:].sum()
-            if reach < rate * self.eagle.level_ms:
+            if BEST_CHILD * probs[tree.depths == level].max() < rate * self.eagle.level_ms:
                 break
             places = [[0] * WIDTH, [CONTEXT] * WIDTH, [CONTEXT] * WIDTH]
             slots = [CONTEXT + WIDTH * level + i for i in range(WIDTH)]

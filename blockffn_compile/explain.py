@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 from torch import fx
@@ -18,53 +17,8 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
 from torch._inductor.decomposition import select_decomp_table
 
-from blockffn_compile.layer import BlockFFNSpec
 from blockffn_compile.passes.fx import find
-from blockffn_compile.passes.recognizer import BlockFFNMatch, Result
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One BlockFFN layer, or one that looks like it.
-
-    Attributes:
-        name: path of its module, or ``layer N``.
-        status: whether the backend rewrites it.
-        reason: why not; empty for a rewritten layer.
-        spec: what it computes; None for a declined layer.
-        router: what makes the scores of a rewritten layer sparse, and their norm.
-    """
-
-    name: str
-    status: Literal["rewritten", "declined"]
-    reason: str = ""
-    spec: BlockFFNSpec | None = None
-    router: str = ""
-
-    @property
-    def description(self) -> str:
-        """What it computes, or why it is left alone, in one line."""
-        if self.spec is None:
-            return self.reason
-        s = self.spec
-        act = f"gated {s.act}" if s.gated else s.act
-        size = f"{s.num_experts} experts of {s.expert_size}, hidden {s.hidden_size}"
-        return f"{size}, {act}, {s.layout}, scores: {self.router}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """All layers of a model; ``str()`` is a table."""
-
-    layers: tuple[Layer, ...]
-
-    def __str__(self) -> str:
-        if not self.layers:
-            return "no BlockFFN layers"
-        width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{la.name:{width}}  {la.status:9}  {la.description}" for la in self.layers]
-        rewritten = sum(layer.status == "rewritten" for layer in self.layers)
-        return "\n".join([*lines, f"{rewritten} of {len(self.layers)} layers rewritten"])
+from blockffn_compile.report import Report, report
 
 
 def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Report:
@@ -85,13 +39,7 @@ def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Report:
     Raises:
         torch._dynamo.exc.Unsupported: the model has a graph break; the message says where.
     """
-    return Report(tuple(map(_layer, find(_trace(model, inputs, kwargs)))))
-
-
-def _layer(result: Result) -> Layer:
-    if isinstance(result, BlockFFNMatch):
-        return Layer(result.name, "rewritten", spec=result.spec, router=result.router)
-    return Layer(result.name, "declined", result.reason)
+    return report(find(_trace(model, inputs, kwargs)))
 
 
 class _Traced(Exception):  # noqa: N818  (control flow: it ends a compilation that is not wanted)

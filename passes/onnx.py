@@ -339,6 +339,7 @@ def _evaluate(model: ir.Model, inputs: dict[str, np.ndarray], output: str) -> np
     called = {node.op_identifier() for node in graph}  # the evaluator does not know overloads
     functions = [body for name, body in model.functions.items() if name in called]
     part = ir.Model(graph, ir_version=model.ir_version, functions=functions)
+    ir.external_data.load_to_model(part)
     result: Any
     (result,) = ReferenceEvaluator(ir.serde.serialize_model(part)).run(None, inputs)
     return result

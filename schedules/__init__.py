@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from blockffn_compile.schedules import reference, tir
+from blockffn_compile.schedules import reference, tir, triton
 from blockffn_compile.schedules.plan import Problem, Regime
 
 
@@ -32,7 +32,7 @@ class Kernel(Protocol):
 Schedule = Callable[[Problem, Regime], Kernel | None]
 
 #: First one that does not decline wins; the reference never declines.
-SCHEDULES: tuple[Schedule, ...] = (tir.cpu_schedule, reference.schedule)
+SCHEDULES: tuple[Schedule, ...] = (tir.cpu_schedule, triton.cuda_schedule, reference.schedule)
 
 
 def select(problem: Problem, regime: Regime) -> Kernel:

@@ -11,9 +11,10 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import blockffn_compile
 import blockffn_compile.layer
-from blockffn_compile.explain import Report, explain
+from blockffn_compile.explain import explain
 from blockffn_compile.layer import BlockFFN, BlockFFNSpec
 from blockffn_compile.models.cache import StaticCache
+from blockffn_compile.report import Report
 from tests.conftest import make_config
 from tests.passes.near_misses import NEAR_MISSES
 from tests.passes.spellings import MATCHES

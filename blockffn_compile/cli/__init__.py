@@ -2,7 +2,16 @@
 
 import typer
 
-from blockffn_compile.cli import demo, explain, generate, sparsity, specbench, train, train_drafter
+from blockffn_compile.cli import (
+    demo,
+    explain,
+    generate,
+    rewrite,
+    sparsity,
+    specbench,
+    train,
+    train_drafter,
+)
 
 app = typer.Typer(
     name="blockffn",
@@ -15,6 +24,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(explain.explain)
+app.command()(rewrite.rewrite)
 app.command()(sparsity.sparsity)
 app.command()(specbench.specbench)
 app.command()(train.train)

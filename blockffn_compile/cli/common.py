@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from blockffn_compile.models.eagle import EagleHead
     from blockffn_compile.models.modeling import BlockFFNForCausalLM
+    from blockffn_compile.report import Report
     from blockffn_compile.speculative.generator import Generator
 
 
@@ -147,3 +148,18 @@ def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         piece = decoder.step(tokenizer, token)
         if piece:
             yield piece
+
+
+def show_report(report: Report) -> None:
+    """Prints a table of layers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "status", "what, or why not")
+    for layer in report.layers:
+        style = "green" if layer.status == "rewritten" else "yellow"
+        table.add_row(layer.name, f"[{style}]{layer.status}[/]", layer.description)
+    console = Console()
+    console.print(table)
+    rewritten = sum(layer.status == "rewritten" for layer in report.layers)
+    console.print(f"{rewritten} of {len(report.layers)} layers rewritten")

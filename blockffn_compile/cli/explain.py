@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockffn_compile.cli.common import CheckpointArgument, load_model
+from blockffn_compile.cli.common import CheckpointArgument, load_model, show_report
 
 
 def explain(checkpoint: CheckpointArgument = None) -> None:
@@ -15,18 +15,8 @@ def explain(checkpoint: CheckpointArgument = None) -> None:
     - `blockffn explain path/to/checkpoint`
     """
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from blockffn_compile.explain import explain as explain_model
 
     model = load_model(checkpoint)
-    report = explain_model(model, torch.zeros(1, 8, dtype=torch.long))
-    table = Table("layer", "status", "what, or why not")
-    for layer in report.layers:
-        style = "green" if layer.status == "rewritten" else "yellow"
-        table.add_row(layer.name, f"[{style}]{layer.status}[/]", layer.description)
-    console = Console()
-    console.print(table)
-    rewritten = sum(layer.status == "rewritten" for layer in report.layers)
-    console.print(f"{rewritten} of {len(report.layers)} layers rewritten")
+    show_report(explain_model(model, torch.zeros(1, 8, dtype=torch.long)))

@@ -166,8 +166,7 @@ class EagleDrafter:
         base, ancestors, run, before = self._length, {0: 0}, 0, [0]
         for level in range(1, depth + 1):
             frontier = builder.expand(self._ids(guesses.tokens), guesses.log_probs.tolist())
-            # All nodes of the next level together are accepted no more often than these.
-            if level == depth or builder.reach < rate * self.model.level_ms:
+            if level == depth or builder.hope < rate * self.model.level_ms:
                 break
             parents = [builder.parents[node] for node in frontier]
             rows = guesses.features[[before.index(parent) for parent in parents]]

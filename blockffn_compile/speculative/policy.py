@@ -59,10 +59,15 @@ class _Record:
 
     trial_ms: float  # what trials of it may cost now
     draft_ms: float  # mean of what one draft takes
+    steps: float = 0.0
     tokens: float = 0.0
     ms: float = 0.0
     reach: float = TRIAL_NODES  # the largest tree verified, by and by forgotten
     last_used: int = 0  # number of its latest step
+
+    @property
+    def tokens_a_step(self) -> float:
+        return (PRIOR_STEPS + self.tokens) / (PRIOR_STEPS + self.steps)
 
 
 class TreePolicy:
@@ -94,8 +99,9 @@ class TreePolicy:
     the text grows longer, less where the nodes of trees share their experts.
 
     **Trials.** A drafter that does not pay is tried again with a small tree whenever it has saved
-    up what that will cost: together, drafters get a hundredth of all time.  So a change in the
-    text is noticed at a bounded loss, and soonest where drafting is cheap.
+    up what that is expected to lose: together, drafters get a hundredth of all time, and what
+    their trials win.  So a change in the text is noticed at a bounded loss, soonest where drafting
+    is cheap, and one that is about as good as plain decoding is tried all the time.
 
     Args:
         cost: milliseconds of one verification by number of nodes; a tree between two sizes costs
@@ -129,9 +135,9 @@ class TreePolicy:
         self._pass_plain_steps()
         best, rate = self._best()
         nodes = min(TRIAL_NODES, self._sizes[-1])
-        # What a trial, which yields one token at least, costs above what is saved up for it.
+        # What a trial is expected to lose, above what is saved up for it.
         missing = {
-            i: self._cost(nodes) + record.draft_ms - 1 / rate - record.trial_ms
+            i: self._cost(nodes) + record.draft_ms - record.tokens_a_step / rate - record.trial_ms
             for i, record in enumerate(self._records)
             if i != best
         }
@@ -189,9 +195,10 @@ class TreePolicy:
         spent = self._cost(len(tree)) + draft_ms
         if choice.trial:
             _, rate = self._best()
-            self._records[choice.drafter].trial_ms -= max(0.0, spent - len(path) / rate)
+            self._records[choice.drafter].trial_ms -= spent - len(path) / rate
         self._age(1, spent)
         record = self._records[choice.drafter]
+        record.steps += 1
         record.tokens += len(path)
         record.ms += spent
         record.draft_ms += (draft_ms - record.draft_ms) * (1 - KEEP_GAIN if record.last_used else 1)
@@ -215,6 +222,7 @@ class TreePolicy:
         self._steps += steps
         self._hits *= KEEP_HITS**steps
         for record in self._records:
+            record.steps *= KEEP_GAIN**steps
             record.tokens *= KEEP_GAIN**steps
             record.ms *= KEEP_GAIN**steps
             share = TRIAL_SHARE * ms / len(self._records)

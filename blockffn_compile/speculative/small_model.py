@@ -56,7 +56,7 @@ class ModelDrafter:
         room = self.engine.max_length - self.engine.length(0)
         for level in range(min(self.depth, nodes - 1)):
             spent_ms = (time.perf_counter() - start) * 1e3
-            if level and builder.reach < rate * spent_ms / level:
+            if level and builder.hope < rate * spent_ms / level:
                 break
             # The nodes that grow, and their ancestors; in the order in which they were added.
             kept = sorted(_closure(builder.frontier, builder.parents))

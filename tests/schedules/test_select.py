@@ -27,7 +27,7 @@ def test_cpu_problems_get_the_tir_kernel():
     assert select(problem, "chunk") is kernel
 
 
-@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float32, "cuda")])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float32, "xpu")])
 def test_other_problems_get_the_reference(dtype, device):
     kernel = select(Problem(48, 2, 16, "relu", False, dtype, device), "decode")
     assert not isinstance(kernel, tir.CpuKernel)

@@ -6,7 +6,13 @@ import random
 import numpy as np
 import pytest
 
-from blockffn_compile.speculative.tree import MAX_NODES, DraftTree, TreeBuilder, best_nodes
+from blockffn_compile.speculative.tree import (
+    BEST_CHILD,
+    MAX_NODES,
+    DraftTree,
+    TreeBuilder,
+    best_nodes,
+)
 
 
 def make_tree(tokens, parents, log_probs) -> DraftTree:
@@ -154,12 +160,12 @@ def test_best_nodes_of_none_one_and_all() -> None:
 def test_builder_expands_the_most_probable_only() -> None:
     builder = TreeBuilder(9)
     assert builder.frontier == [0]
-    assert builder.reach == 1
+    assert builder.hope == BEST_CHILD
     assert builder.expand([[1, 2]], [[-1.0, -0.1]]) == [1, 2]
     # Joint: nodes 3 to 6 are -1.5, -4.0, -0.3, -0.4.
     assert builder.expand([[3, 4], [3, 5]], [[-0.5, -3.0], [-0.2, -0.3]]) == [5, 6]
     assert builder.frontier == [5, 6]
-    assert builder.reach == pytest.approx(np.exp(-0.3) + np.exp(-0.4))
+    assert builder.hope == pytest.approx(BEST_CHILD * np.exp(-0.3))
     assert builder.tokens == [9, 1, 2, 3, 4, 3, 5]
     assert builder.parents == [-1, 0, 0, 1, 1, 2, 2]
     tree = builder.build(5)

@@ -1,0 +1,48 @@
+"""``blockffn rewrite``: makes the BlockFFN layers of an ONNX file sparse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockffn_compile.cli.common import reporting, show_report
+
+
+def rewrite(
+    model: Annotated[Path, typer.Argument(help="ONNX file, of any exporter.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run both sides of every rewrite and compare.")
+    ] = False,
+) -> None:
+    """Rewrite BlockFFN layers to an operator that runs only the experts that are on.
+
+    The operator comes with a body in standard operators: the new file runs in any runtime.
+
+    Examples:
+
+    - `blockffn rewrite model.onnx -o sparse.onnx`
+
+    - `blockffn rewrite model.onnx -o sparse.onnx --verify`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from blockffn_compile.onnx.files import ModelError
+    from blockffn_compile.onnx.rewrite import rewrite as rewrite_model
+    from blockffn_compile.passes.verification import VerificationError
+
+    with (
+        reporting(ModelError, VerificationError),
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        task = bar.add_task("rewriting", total=None)
+        report = rewrite_model(
+            model,
+            out,
+            verify=verify,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    show_report(report)
