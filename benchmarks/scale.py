@@ -240,7 +240,7 @@ def ours() -> dict[str, float]:
     engine = TorchEngine(model, max_length=CONTEXT + 64)
 
     def verify(tree: DraftTree) -> Any:
-        engine._lengths[0] = CONTEXT  # what is in the cache costs the same whatever it says
+        engine._texts.lengths[0] = CONTEXT  # what is in the cache costs the same whatever it says
         return engine.verify({0: tree})[0].features
 
     list(engine.warm_up((1, 2, 4, 8, 16, 32)))

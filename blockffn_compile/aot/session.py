@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockffn_compile.aot.bundle import ALIGNMENT, DTYPE_BYTES, Bundle, tensor
+from blockffn_compile.engines.texts import Move
 
 if TYPE_CHECKING:
     import tvm
@@ -47,6 +48,7 @@ class Session:
             for dim in (manifest.key_dim, manifest.value_dim)
         ]
         self._cache_array = tvm_ffi.Array(self.cache)
+        self._cache_bytes = [as_bytes(entries) for entries in self.cache]
         # One row an input, each aligned whatever the number of tokens.
         self._inputs = aligned((6, 8 * manifest.max_tokens)).view(np.int64)
         self._views: dict[int, list[tvm.runtime.Tensor]] = {}
@@ -84,14 +86,26 @@ class Session:
             count, places = len(chunk), range(start, start + len(chunk))
             yield self.trunk((chunk, places, [row] * count, [start] * count, places, CHAIN[:count]))
 
+    def move(self, row: int, move: Move) -> None:
+        """Brings cache entries of a text together."""
+        end = move.start + len(move.sources)
+        for entries in self._cache_bytes:
+            entries[row, :, move.start : end] = entries[row, :, move.sources].swapaxes(0, 1)
+
     def last(self, features: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """The last row of features [T, H], as [1, H]."""
-        count, width = features.shape
-        size = DTYPE_BYTES[str(features.dtype)] * width
-        data = np.from_dlpack(features._create_view((count, size), "uint8"))
-        row = aligned((1, size))
+        data = as_bytes(features)
+        row = aligned((1, data.shape[1]))
         row[:] = data[-1:]
-        return tensor(row, (1, width), str(features.dtype))
+        return tensor(row, (1, features.shape[1]), str(features.dtype))
+
+
+def as_bytes(entries: tvm.runtime.Tensor) -> NDArray[np.uint8]:
+    """The memory of a tensor [..., n] as [..., bytes of n elements]."""
+    *shape, width = entries.shape
+    size = DTYPE_BYTES[str(entries.dtype)]
+    data: Any = np.from_dlpack(entries._create_view((*shape, width * size), "uint8"))
+    return data
 
 
 def aligned(shape: tuple[int, int]) -> NDArray[np.uint8]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blockffn_compile.speculative.tree import DraftTree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Token counts of one verification that engines prepare for.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from blockffn_compile.engines.compiled import compile_once
 from blockffn_compile.engines.engine import BUCKETS, Output
+from blockffn_compile.engines.texts import Texts
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.speculative.tree import DraftTree
@@ -57,8 +57,7 @@ class TorchEngine:
         self.max_length = max_length or config.max_position_embeddings
         self.vocab_size = config.vocab_size
         self.cache = StaticCache(config, rows, self.max_length, weight.dtype, weight.device)
-        self._lengths = [0] * rows
-        self._verified: dict[int, DraftTree] = {}
+        self._texts = Texts(rows, self.max_length, config.vocab_size)
         self._steps: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
         self._prefill = functools.partial(torch.compile, isolate_recompiles=True)(
             _prefill, backend="blockffn", fullgraph=True
@@ -72,7 +71,7 @@ class TorchEngine:
         of all rows are forgotten.
         """
         for bucket in buckets:
-            self._lengths = [0] * self.rows
+            self._texts.forget()
             trees, left = {}, bucket // 2 + 1  # the fewest nodes that need this graph
             for row in range(self.rows):
                 if count := min(left, self.max_length):
@@ -81,18 +80,12 @@ class TorchEngine:
             if not left:  # else no step is ever as large
                 self.verify(trees)
             yield bucket
-        self._verified.clear()
+        self._texts.forget()
 
     @torch.no_grad()
     def prefill(self, row: int, tokens: Sequence[int]) -> Output:
         """See :class:`Engine`."""
-        if not 0 < len(tokens) <= self.max_length:
-            raise ValueError(
-                f"a text of {len(tokens)} tokens: this engine takes 1 to {self.max_length}"
-            )
-        self._check_tokens(tokens)
-        self._verified.pop(row, None)
-        self._lengths[row] = len(tokens)
+        self._texts.start(row, tokens)
         for stored in (*self.cache.keys, *self.cache.values):
             # Prefill multiplies hidden slots by zero: a NaN of an earlier text would survive that.
             stored[row, :, len(tokens) :] = 0
@@ -108,33 +101,17 @@ class TorchEngine:
     @torch.no_grad()
     def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Output]:
         """See :class:`Engine`."""
-        inputs: list[list[int]] = [[], [], [], [], [], []]
-        tokens, positions, rows, context, slots, ancestors = inputs
-        for row, tree in trees.items():
-            past, count = self._lengths[row], len(tree)
-            if past + count > self.max_length:
-                raise ValueError(
-                    f"{count} nodes behind {past} tokens: the context ends at {self.max_length}"
-                )
-            tokens += tree.tokens.tolist()
-            positions += (tree.depths + past).tolist()
-            rows += [row] * count
-            context += [past] * count
-            slots += range(past, past + count)
-            ancestors += tree.ancestors.tolist()
-        self._check_tokens(tokens)
-        if not 0 < len(tokens) <= BUCKETS[-1]:
-            raise ValueError(f"{len(tokens)} nodes in one step: an engine takes 1 to {BUCKETS[-1]}")
-        bucket = next(size for size in BUCKETS if size >= len(tokens))
-        padding = bucket - len(tokens)
+        inputs = self._texts.verify(trees, BUCKETS[-1])
+        count = len(inputs.tokens)
+        bucket = next(size for size in BUCKETS if size >= count)
+        padding = bucket - count
         for values in inputs:
             # Copies of the first root: they write what it writes, and need no expert of their own.
-            values += values[:1] * padding
+            values.extend(values[:1] * padding)
         table = torch.tensor(inputs)
         if bucket not in self._steps:
             self._steps[bucket] = compile_once(_step, (self.model, self.cache), table)
         logits, features = self._steps[bucket](table)
-        self._verified = dict(trees)
         outputs, first = {}, 0
         for row, tree in trees.items():
             end = first + len(tree)
@@ -145,34 +122,14 @@ class TorchEngine:
     @torch.no_grad()
     def commit(self, row: int, path: Sequence[int]) -> None:
         """See :class:`Engine`."""
-        tree = self._verified.pop(row, None)
-        if tree is None:
-            raise ValueError(f"row {row} has no verified tree to commit from")
-        if (
-            not path
-            or path[0] != 0
-            or any(
-                not 0 < node < len(tree) or tree.parents[node] != before
-                for before, node in itertools.pairwise(path)
-            )
-        ):
-            raise ValueError(f"{list(path)} is not a path from the root of the verified tree")
-        past = self._lengths[row]
-        self._lengths[row] += len(path)
-        moved = next((i for i, node in enumerate(path) if node != i), len(path))
-        if moved == len(path):
-            return  # already where they belong
-        device = self.model.lm_head.weight.device
-        source = torch.tensor([past + node for node in path[moved:]], device=device)
-        start, end = past + moved, past + len(path)
+        move = self._texts.commit(row, path)
+        if move is None:
+            return
+        source = torch.tensor(move.sources, device=self.model.lm_head.weight.device)
+        start, end = move.start, move.start + len(source)
         for stored in (*self.cache.keys, *self.cache.values):
             stored[row, :, start:end] = stored[row].index_select(1, source)
 
     def length(self, row: int) -> int:
         """See :class:`Engine`."""
-        return self._lengths[row]
-
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.vocab_size:
-            bad = next(t for t in tokens if not 0 <= t < self.vocab_size)
-            raise ValueError(f"token {bad} is outside the vocabulary 0..{self.vocab_size - 1}")
+        return self._texts.lengths[row]

@@ -1,0 +1,180 @@
+"""The engine on a bundle: a token's bits in any company, commits, and the decoding loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from blockffn_compile.aot.build import build
+from blockffn_compile.aot.bundle import load
+from blockffn_compile.engines.tvm_engine import TvmEngine
+from blockffn_compile.speculative.loop import decode
+from blockffn_compile.speculative.ngram import NGramDrafter
+from blockffn_compile.speculative.policy import TreePolicy
+from blockffn_compile.speculative.tree import DraftTree
+from tests.engines.test_torch_engine import (
+    LENGTH,
+    MODELS,
+    PROMPT,
+    ROWS,
+    chain,
+    equal,
+    path_to,
+    plain,
+    random_tree,
+    tree,
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("gqa", torch.bfloat16), ("mla", torch.float32)],
+    ids=lambda p: f"{p[0]}-{str(p[1]).removeprefix('torch.')}",
+)
+def pair(request, make_model, tmp_path_factory):
+    """The engine, with two rows, and the model it was built of."""
+    name, dtype = request.param
+    model = make_model(MODELS[name]).to(dtype)
+    bundle = build(model, "native", tmp_path_factory.mktemp("bundle") / name)
+    return TvmEngine(load(bundle), ROWS, LENGTH), model
+
+
+@pytest.fixture(scope="module")
+def engine(pair):
+    return pair[0]
+
+
+def entries(engine: TvmEngine, row: int, start: int = 0, end: int | None = None) -> list[Tensor]:
+    """Bytes of the cache at some slots, up to the text's end."""
+    end = engine.length(row) if end is None else end
+    caches = [from_dlpack(t).view(torch.uint8) for t in engine.session.cache]
+    return [t[row, :, start:end].clone() for t in caches]
+
+
+def test_error_is_within_eager(pair):
+    """Against fp64, the root mean square over a prompt of two chunks and a tree's chain."""
+    engine, model = pair
+    tokens = [(11 * i * i + 5) % 300 for i in range(LENGTH)]
+    text = torch.tensor([tokens])
+    exact = copy.deepcopy(model).double()(text)[0]
+    output = engine.prefill(0, tokens[:70])
+    assert output.logits.shape == (1, 300)
+    rest = engine.verify({0: chain(tokens[70:])})[0]
+    ours = torch.cat((output.logits, rest.logits))
+    errors = [(y.double() - exact[69:]).norm() for y in (ours, model(text)[0, 69:])]
+    assert errors[0] <= 1.5 * errors[1]
+    features = torch.cat((output.features, rest.features))
+    exact = copy.deepcopy(model.model).double()(text)[0]
+    errors = [(y.double() - exact).norm() for y in (features, model.model(text)[0])]
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_a_chain_has_the_bits_of_plain_decoding_at_every_size(engine):
+    """Logits and cache entries."""
+    tokens = [(7 * i * i + 3) % 300 for i in range(64)]
+    engine.prefill(0, PROMPT)
+    past = len(PROMPT)
+    logits = plain(engine, 0, tokens)
+    stored = entries(engine, 0)
+    for size in range(1, 65):
+        engine.prefill(0, PROMPT)
+        output = engine.verify({0: chain(tokens[:size])})[0]
+        assert torch.equal(output.logits, torch.stack(logits[:size])), size
+        want = [t[:, : past + size] for t in stored]
+        assert equal(entries(engine, 0, 0, past + size), want), size
+
+
+def test_a_prompt_has_the_bits_of_plain_decoding(engine):
+    """Of any length, one token, a whole chunk and one more included."""
+    tokens = [(7 * i * i + 3) % 300 for i in range(LENGTH)]
+    engine.prefill(0, tokens[:1])
+    logits = plain(engine, 0, tokens[1:])
+    stored = entries(engine, 0)
+    for size in (2, 63, 64, 65, LENGTH):
+        output = engine.prefill(0, tokens[:size])
+        assert output.features.shape[0] == size
+        assert torch.equal(output.logits[0], logits[size - 2])
+        assert equal(entries(engine, 0), [t[:, :size] for t in stored])
+
+
+@pytest.mark.parametrize("size", [2, 6, 23, 64])
+def test_every_node_of_a_tree_has_the_bits_of_plain_decoding(engine, size):
+    """Alone, and in one pass with the tree of another row."""
+    drafts = random_tree(size, seed=size)
+    engine.prefill(0, PROMPT)
+    logits = engine.verify({0: drafts})[0].logits.clone()
+    if size < 64:
+        engine.prefill(1, PROMPT[:4])
+        other = random_tree(min(20, 64 - size), seed=1)
+        for trees in ({0: drafts, 1: other}, {1: other, 0: drafts}):
+            assert torch.equal(engine.verify(trees)[0].logits, logits)
+    for node in {1, size // 2, size - 1}:
+        path = path_to(drafts, node)
+        engine.prefill(0, PROMPT)
+        want = plain(engine, 0, drafts.tokens[path].tolist())
+        assert torch.equal(logits[path], torch.stack(want)), node
+
+
+def test_commits_keep_what_plain_decoding_would_have_stored(engine):
+    """Paths that are not side by side, prefixes of them, and the root alone, one after another."""
+    engine.prefill(0, PROMPT)
+    engine.prefill(1, PROMPT)
+    other = entries(engine, 1, 0, LENGTH)
+    text = list[int]()
+    drafts = tree([9, 1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 2, 4, 4])
+    for path in ([0, 2, 4, 6], [0], [0, 2], [0, 1, 3], [0, 2, 4, 5]):
+        engine.verify({0: drafts})
+        engine.commit(0, path)
+        text += drafts.tokens[path].tolist()
+        assert engine.length(0) == len(PROMPT) + len(text)
+    stored = entries(engine, 0)
+    after = engine.verify({0: DraftTree.root(77)})[0].logits.clone()
+    assert equal(entries(engine, 1, 0, LENGTH), other)
+    engine.prefill(0, PROMPT)
+    plain(engine, 0, text)
+    assert equal(entries(engine, 0), stored)
+    assert torch.equal(engine.verify({0: DraftTree.root(77)})[0].logits, after)
+
+
+def test_results_of_a_step_survive_the_next(engine):
+    engine.prefill(0, PROMPT)
+    first = engine.verify({0: chain([1, 2])})[0]
+    kept = first.logits.clone(), first.features.clone()
+    engine.verify({0: chain([3, 4])})
+    assert equal((first.logits, first.features), kept)
+
+
+def test_the_context_is_used_to_its_end(engine):
+    tokens = [i % 300 for i in range(LENGTH)]
+    engine.prefill(0, tokens[:-3])
+    last = engine.verify({0: chain(tokens[-3:])})[0].logits[-1].clone()
+    engine.commit(0, [0, 1, 2])
+    with pytest.raises(ValueError, match=f"1 nodes behind {LENGTH} tokens"):
+        engine.verify({0: DraftTree.root(0)})
+    assert torch.equal(engine.prefill(0, tokens).logits[0], last)
+
+
+def test_the_loop_writes_the_same_text_with_and_without_drafts(engine):
+    def text(sizes: dict[int, float], drafters: Sequence[NGramDrafter]) -> list[int]:
+        steps = decode(
+            engine,
+            [PROMPT],
+            60,
+            drafters=lambda: drafters,
+            policy=TreePolicy(sizes, [0.0]) if drafters else None,
+        )
+        return [token for step in steps for token in step.tokens]
+
+    greedy = text({1: 1.0}, [])
+    assert len(greedy) == 60
+    assert text({1: 1.0, 8: 1.0}, [NGramDrafter()]) == greedy
+
+
+def test_length_beyond_the_model(engine):
+    with pytest.raises(ValueError, match=r"129 is not within 1\.\.128"):
+        TvmEngine(engine.session.bundle, max_length=129)
