@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,7 @@ from blockffn_compile.speculative.sampling import Sampler
 from blockffn_compile.speculative.tree import DraftTree
 from blockffn_compile.training import corpus
 
-PROMPT, NEW, PROMPTS = 96, 160, 12
+PROMPT, NEW, PROMPTS, ROUNDS = 96, 160, 12, 3
 
 
 def record(
@@ -79,6 +80,15 @@ def write(generator: Generator, text: list[int], sampler: Sampler) -> tuple[list
     return [first, *rest], (time.perf_counter() - start) * 1e3
 
 
+def interval(peer_ms: list[float], ms: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the ratio of means; element i of both is of one prompt."""
+    pairs = np.array([peer_ms, ms])
+    draws = np.random.default_rng(0).integers(len(ms), size=(2000, len(ms)))
+    peer, own = pairs[:, draws].mean(-1)
+    low, high = np.percentile(peer / own, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def plain_inductor(model: BlockFFNForCausalLM, text: list[int]) -> float:
     """Milliseconds a token of greedy decoding under stock Inductor."""
     step, cache = compile_step(model, "inductor"), new_cache(model, PROMPT + NEW)
@@ -104,7 +114,7 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
         sampler = Sampler(0.0 if "greedy" in work else 1.0, seed=0)
         ms: dict[str, list[float]] = {name: [] for name in ["inductor", *subjects]}
         steps: dict[str, list[Step]] = {name: [] for name in subjects}
-        for text in texts:
+        for text in texts * ROUNDS:
             expected = None
             for name, generator in subjects.items():
                 done, taken = write(generator, text, sampler)
@@ -117,13 +127,19 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
             with torch.no_grad():
                 ms["inductor"].append(plain_inductor(model, text))
         table = Table(title=f"bundled model, bf16: {work}")
-        for column in ("", "tokens/s", "over plain", "over Inductor", "tokens a step", "nodes"):
+        for column in ("", "tokens/s", "over plain (95 %)", "over Inductor", "tokens a step"):
             table.add_column(column)
-        # Skip the first prompt: the policy and the caches start there.
-        mean = {name: statistics.mean(values[1:]) for name, values in ms.items()}
+        table.add_column("nodes")
+        ms = {
+            name: [statistics.median(values[i::PROMPTS]) for i in range(PROMPTS)]
+            for name, values in ms.items()
+        }
+        mean = {name: statistics.mean(values) for name, values in ms.items()}
         for name, value in mean.items():
             done = steps.get(name, [])
-            row = [f"{1e3 / value:.0f}", f"{mean['off'] / value:.2f}x"]
+            low, high = interval(ms["off"], ms[name])
+            ratio = f"{mean['off'] / value:.2f}x ({low:.2f} to {high:.2f})"
+            row = [f"{1e3 / value:.0f}", ratio]
             row.append(f"{mean['inductor'] / value:.2f}x")
             if done:
                 row.append(f"{sum(len(s.tokens) for s in done) / len(done):.2f}")
