@@ -15,34 +15,18 @@ from typing import Any
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import ChunkKernel, PrefillKernel
 from blockffn_compile.schedules.triton.config import SHARED, load_table
+from tests.schedules.triton.device import Driver
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 PUBLISHED = Problem(2048, 128, 128, "silu", False, torch.bfloat16, "cuda")
 TOKENS = (1, 16, 32, 64, 100)
-
-
-class Driver:
-    """What compilation asks of a driver."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture  # each architecture has a cache of its own
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.fixture
