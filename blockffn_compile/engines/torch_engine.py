@@ -108,7 +108,7 @@ class TorchEngine:
         for values in inputs:
             # Copies of the first root: they write what it writes, and need no expert of their own.
             values.extend(values[:1] * padding)
-        table = torch.tensor(inputs)
+        table = torch.tensor(inputs, device=self.model.lm_head.weight.device)
         if bucket not in self._steps:
             self._steps[bucket] = compile_once(_step, (self.model, self.cache), table)
         logits, features = self._steps[bucket](table)

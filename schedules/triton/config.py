@@ -87,10 +87,15 @@ def load_table(gpu: str, capability: tuple[int, int], problem: Problem) -> Table
     tuned = _read(gpu_name(gpu)).get(shape_name(problem))
     if tuned is not None:
         return tuned
-    version = capability[0] * 10 + capability[1]
-    file = f"sm_{version}" if (TUNED / f"sm_{version}.json").exists() else "sm_86"
-    limit = SHARED.get(version, min(SHARED.values())) * 1024
-    return {name: _fit(name, c, problem, limit) for name, c in _read(file)["default"].items()}
+    file = "sm_{}{}".format(*capability)
+    safe = _read(file) or _read("sm_86")
+    limit = shared_bytes(capability)
+    return {name: fit(name, c, problem, limit) for name, c in safe["default"].items()}
+
+
+def shared_bytes(capability: tuple[int, int]) -> int:
+    """Shared memory that a program can have."""
+    return 1024 * SHARED.get(10 * capability[0] + capability[1], min(SHARED.values()))
 
 
 @functools.cache
@@ -105,7 +110,7 @@ def _read(name: str) -> dict[str, Table]:
     }
 
 
-def _fit(name: str, config: Config, problem: Problem, limit: int) -> Config:
+def fit(name: str, config: Config, problem: Problem, limit: int) -> Config:
     """Cuts a configuration down to a problem and to ``limit`` bytes of shared memory."""
     outputs, summed = problem.expert_size, problem.hidden_size
     tiles, lanes = (2 if problem.gated else 1), 4

@@ -86,7 +86,7 @@ def test_stages_are_those_that_shared_memory_holds():
         (gated, "up 8", 4 * 128 * (32 + 8) * 2, 3),
         (PROBLEM, "down 8", 4 * 128 * (16 + 8) * 2, 9),
     ):
-        fitted = config._fit(name, wanted, problem, 99 * 1024)
+        fitted = config.fit(name, wanted, problem, 99 * 1024)
         assert fitted.stages == stages
         buffers = (stages - 1) // (2 if "down" in name else 1)
         assert buffers * stage <= 99 * 1024
