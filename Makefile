@@ -2,6 +2,7 @@
 # make test    set up .venv if needed, then run all tests
 # make lint    ruff and mypy
 # make bench   the benchmark of the fused layer
+# make test-gpu, make bench-gpu   the same on an NVIDIA GPU; test-gpu also looks for memory errors
 #
 # PYTHON=/path/to/python3.11 chooses the interpreter, CXX the C++ compiler.
 
@@ -27,6 +28,19 @@ lint: $(READY)
 bench: $(READY) compiler
 	$(BIN)/python -m benchmarks.first_light
 
+# compute-sanitizer is part of the CUDA toolkit; racecheck follows shared memory.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/schedules/triton/on_gpu.py
+	@if command -v compute-sanitizer >/dev/null; then \
+	  for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      $(BIN)/python -m pytest tests/schedules/triton/on_gpu.py -k memory || exit 1; \
+	  done; \
+	else echo "no compute-sanitizer here: memory errors were not looked for"; fi
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --json bench-gpu.json
+
 compiler:
 	@command -v $(CXX) >/dev/null || \
 	  { echo "error: no C++ compiler ($(CXX)); install g++ or set CXX" >&2; exit 1; }
@@ -47,4 +61,4 @@ $(READY): requirements.lock pyproject.toml
 	  --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.PHONY: help demo test lint bench compiler
+.PHONY: help demo test lint bench test-gpu bench-gpu compiler

@@ -30,16 +30,16 @@ PREFILL_TOKENS = 512
 
 def candidates(name: str, problem: Problem, limit: int) -> list[Config]:
     """Configurations worth a try for a kernel, e.g. ``up 8``, within bytes of shared memory."""
+    tokens: tuple[int, ...]
     if name.startswith("prefill"):
-        tokens, rows, depths, warps = (64,), (64, 128), (32, 64), (4, 8)
+        tokens = (64, 128) if name == "prefill up" else (64,)
+        rows, depths, warps = [64, 128], [32, 64], [4, 8]
     else:
         most = int(name.split()[1])
         tokens = tuple(size for size in (8, 16, 32) if most // 4 <= size <= most)
-        rows, depths, warps = (16, 32), (32, 64, 128), (4,)
-    if name == "prefill up":
-        tokens = (64, 128)
-    stages = (3, 5, 7, 9) if "down" in name else (2, 3, 4, 5, 6)
-    programs = (4,) if "down" in name else (2, 4)
+        rows, depths, warps = [16, 32], [32, 64, 128], [4]
+    stages = [3, 5, 7, 9] if "down" in name else [2, 3, 4, 5, 6]
+    programs = [4] if "down" in name else [2, 4]
     choices = itertools.product(tokens, rows, depths, stages, warps, programs)
     fitted = (config.fit(name, Config(*choice), problem, limit) for choice in choices)
     return list(dict.fromkeys(fitted))

@@ -70,3 +70,30 @@ def compile_once(
         return tuple([values[i] for i in outputs])
 
     return call
+
+
+def capture(
+    function: Callable[..., tuple[Tensor, ...]], example: Sequence[Tensor]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Records what a function launches on a GPU, once, and replays it with other tensors.
+
+    Args:
+        function: launches without waiting, and reads its arguments only; what it reads and writes
+            beside them stays in place.  It ran before, so that all it needs is set up.
+        example: all later calls must be with tensors of the same shapes and dtypes.
+
+    Returns:
+        A function of the tensors; each call has results of its own.
+    """
+    inputs = [tensor.clone() for tensor in example]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(*inputs)
+
+    def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
+        for mine, given in zip(inputs, tensors, strict=True):
+            mine.copy_(given, non_blocking=True)
+        graph.replay()
+        return tuple([result.clone() for result in results])
+
+    return replay

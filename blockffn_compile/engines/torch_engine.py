@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from blockffn_compile.engines.compiled import compile_once
+from blockffn_compile.engines.compiled import capture, compile_once
 from blockffn_compile.engines.engine import BUCKETS, Output
 from blockffn_compile.engines.texts import Texts
 from blockffn_compile.models.cache import StaticCache, TreeStep
@@ -34,6 +34,7 @@ def _prefill(
 class TorchEngine:
     """A BlockFFN model under ``torch.compile(backend="blockffn")``; see :class:`Engine`.
 
+    On a GPU a step is one CUDA graph.
     On CPUs a token's logits are bit-identical however many nodes, and which, are verified with it.
     Prefill runs in one pass of its own, whose cache entries all later steps share.
 
@@ -110,7 +111,8 @@ class TorchEngine:
             values.extend(values[:1] * padding)
         table = torch.tensor(inputs, device=self.model.lm_head.weight.device)
         if bucket not in self._steps:
-            self._steps[bucket] = compile_once(_step, (self.model, self.cache), table)
+            step = compile_once(_step, (self.model, self.cache), table)
+            self._steps[bucket] = capture(step, [table]) if table.is_cuda else step
         logits, features = self._steps[bucket](table)
         outputs, first = {}, 0
         for row, tree in trees.items():

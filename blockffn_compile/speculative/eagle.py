@@ -110,7 +110,7 @@ class EagleModel:
         """
         tokens, positions, *places = inputs
         count = len(tokens)
-        table = torch.tensor([tokens, positions, [0] * count, *places])
+        table = torch.tensor([tokens, positions, [0] * count, *places], device=features.device)
         tensors = (table, features, cache.keys[0], cache.values[0])
         if count not in self._graphs:
             embedding = self.target.model.embed_tokens.weight

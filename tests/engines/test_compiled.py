@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blockffn_compile.engines.compiled import compile_once
+from blockffn_compile.engines.compiled import capture, compile_once
 from blockffn_compile.layer import rms_norm
 
 
@@ -50,3 +53,43 @@ def test_constants_may_be_written_to():
     graph = compile_once(lambda w, x: (w.add_(x[0]), x * 2)[1:], [weight], x)
     graph(x)
     torch.testing.assert_close(weight, 5 + 2 * x[0])  # compiling runs it too
+
+
+class Recording:
+    """A CUDA graph of CPU operators: replays them on the same memory."""
+
+    def __init__(self) -> None:
+        self.operators: list[tuple[Any, ...]] = []
+
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.operators:
+            result.copy_(function(*args, **kwargs))
+
+
+class Record(TorchDispatchMode):
+    """Stands in for ``torch.cuda.graph``."""
+
+    def __init__(self, graph: Recording) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.graph.operators.append((function, args, kwargs or {}, result))
+        return result
+
+
+def test_a_replay_reads_its_own_tensors_and_gives_results_that_last(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", Record)
+    total = torch.zeros(3)
+    replay = capture(lambda x, y: (x * y, total.add_(x) + y), [torch.zeros(3)] * 2)
+    results, x = [], torch.arange(3.0)
+    for i in range(3):
+        results.append(replay(x, x + i))
+        x += 1
+    for i, (product, summed) in enumerate(results):
+        x = torch.arange(3.0) + i
+        assert torch.equal(product, x * (x + i))
+        so_far = torch.stack([torch.arange(3.0) + j for j in range(i + 1)]).sum(0)
+        assert torch.equal(summed, so_far + x + i)

@@ -30,8 +30,7 @@ def test_candidates_are_legal_and_different(name):
 
 def test_finds_the_fastest_of_every_kernel():
     best = {
-        name: tuner.candidates(name, PROBLEM, LIMIT)[3]
-        for name in load_table("", (9, 0), PROBLEM)
+        name: tuner.candidates(name, PROBLEM, LIMIT)[3] for name in load_table("", (9, 0), PROBLEM)
     }
 
     def measure(name: str, table: config.Table) -> float:

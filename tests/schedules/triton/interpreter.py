@@ -13,8 +13,10 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-#: Addresses of memory that was read, when a test asks for them by assigning a set.
-read: Any = None
+#: Addresses of 16-bit values that were loaded and stored, when a test asks for them by assigning
+#: lists.
+loads: Any = None
+stores: Any = None
 
 
 def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
@@ -43,20 +45,28 @@ def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> An
 def be_exact() -> None:
     """Patches the interpreter."""
     builder = interpreter.InterpreterBuilder
-    cast, load = builder.cast_impl, builder.create_masked_load
+    cast, load, store = builder.cast_impl, builder.create_masked_load, builder.create_masked_store
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             return interpreter.TensorHandle(round_to_bfloat16(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
+    def note(accesses: Any, ptrs: Any, mask: Any) -> None:
+        if accesses is not None and ptrs.get_element_ty().primitive_bitwidth == 16:
+            accesses += ptrs.data[mask.data.astype(bool)].tolist()
+
     def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        if read is not None:
-            read.update(ptrs.data[mask.data.astype(bool)].tolist())
+        note(loads, ptrs, mask)
         return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note(stores, ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
 
     builder.create_dot = dot
     builder.cast_impl = cast_impl
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(builder, name, cast_impl)
     builder.create_masked_load = create_masked_load
+    builder.create_masked_store = create_masked_store

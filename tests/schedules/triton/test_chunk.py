@@ -142,13 +142,13 @@ def test_reads_the_active_experts_alone(name, monkeypatch):
     x, scores = inputs(problem, 20, 0.0)
     active = torch.arange(0, problem.num_experts, 3)
     scores[torch.arange(len(active)) % 20, active] = 1.0
-    monkeypatch.setattr(interpreter, "read", set())
+    monkeypatch.setattr(interpreter, "loads", [])
     run(kernel(name), x, scores, w)
     for weight in w.values():
         if weight is not None:
             addresses = weight.data_ptr() + 2 * torch.arange(weight.numel()).view(weight.shape)
             wanted = set(addresses[active].flatten().tolist())
-            assert wanted == interpreter.read & set(addresses.flatten().tolist())
+            assert wanted == set(interpreter.loads) & set(addresses.flatten().tolist())
 
 
 UP_AXES = {"e,s,h": "esh", "es,h": "esh", "h,es": "hes", "s,e,h": "seh"}
@@ -209,7 +209,7 @@ def test_input_views():
 def test_what_does_not_fit_is_not_read(change, monkeypatch):
     problem, w = PROBLEMS["even gated"], weights(PROBLEMS["even gated"])
     x, scores, w = change(*inputs(problem, 3, 1.0), w)
-    monkeypatch.setattr(interpreter, "read", set())
+    monkeypatch.setattr(interpreter, "loads", [])
     with pytest.raises(ValueError, match=r"fit together|is not laid out"):
         run(kernel("even gated"), x, scores, w)
-    assert not interpreter.read
+    assert not interpreter.loads

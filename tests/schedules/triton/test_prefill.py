@@ -87,9 +87,9 @@ def test_reads_the_active_experts_alone(monkeypatch):
     w = weights(PROBLEMS["odd"])
     x, scores = inputs(PROBLEMS["odd"], 70, 0.0)
     scores[68, [1, 4]] = 1.0
-    monkeypatch.setattr(interpreter, "read", set())
+    monkeypatch.setattr(interpreter, "loads", [])
     run(kernel("odd"), x, scores, w)
     for weight in (w["w_up"], w["w_down"]):
         addresses = weight.data_ptr() + 2 * torch.arange(weight.numel()).view(weight.shape)
         wanted = set(addresses[[1, 4]].flatten().tolist())
-        assert wanted == interpreter.read & set(addresses.flatten().tolist())
+        assert wanted == set(interpreter.loads) & set(addresses.flatten().tolist())
