@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def kernel(name: str, **config: int) -> ChunkKernel:
 
 
 #: Every problem with few and with many tokens.
-COUNTS = [(1, 16, 64), (1, 33, 40), (2, 9, 63), (1, 17, 32), (7, 8, 31)]
+COUNTS = [(1, 64), (16, 33), (2, 63), (9, 32), (8, 17)]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ DOWN_AXES = {"e,h,s": "ehs", "h,es": "hes", "es,h": "esh"}
 
 
 @pytest.mark.parametrize(
-    ("up_axes", "down_axes"), list(itertools.product(UP_AXES, DOWN_AXES)), ids="-".join
+    ("up_axes", "down_axes"), list(zip(UP_AXES, cycle(DOWN_AXES), strict=False)), ids="-".join
 )
 def test_stored_layouts(up_axes, down_axes):
     problem, w = PROBLEMS["even gated"], weights(PROBLEMS["even gated"])

@@ -25,11 +25,11 @@ def write_poison(x, scores, out, H: tl.constexpr, E: tl.constexpr, COLUMNS: tl.c
     tl.store(out + token, poison(x, scores, token, H, E, COLUMNS))
 
 
-@pytest.mark.parametrize("experts", [1, 5, 8, 40, 512])
+@pytest.mark.parametrize("experts", [1, 5, 40, 512])
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_plans(experts, tokens, density, dtype):
+def test_plans(experts, tokens, density):
+    dtype = torch.float16 if experts % 2 else torch.bfloat16
     g = torch.Generator().manual_seed(experts + tokens)
     on = torch.rand(tokens, experts, generator=g) < density
     # Subnormal, negative and NaN scores count; -0 does not.
