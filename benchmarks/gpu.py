@@ -165,7 +165,8 @@ def decode(console: Console) -> list[dict[str, Any]]:
         tree = DraftTree.chain(0, range(1, nodes), [0.0] * (nodes - 1))
 
         def verify(tree: DraftTree = tree) -> None:
-            engine._lengths[0] = CONTEXT  # what is in the cache costs the same whatever it says
+            # What is in the cache costs the same whatever it says.
+            engine._texts.lengths[0] = CONTEXT
             engine.verify({0: tree})
 
         with console.status(f"2.8B shape: {nodes} nodes"):
