@@ -42,7 +42,13 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+#: Packages that are loaded when they are first used.
+_PACKAGES = ("aot",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -152,7 +152,7 @@ class Manifest:
         """
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"not valid JSON: {error}") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             known = found.get("format") if isinstance(found, dict) else None
@@ -241,6 +241,9 @@ def load(path: str | Path, *, verify: bool = False) -> Bundle:
     for name in manifest.sizes.keys() - {WEIGHTS}:
         check_hash(path / name, manifest.sha256[name])
     tensors = _map_weights(path / WEIGHTS, manifest, verify)
+    for name in (*manifest.trunk_weights, *manifest.head_weights):
+        if name not in tensors:
+            raise BundleError(f"{path / WEIGHTS}: missing tensor {name}")
 
     import tvm
     import tvm_ffi
@@ -252,12 +255,10 @@ def load(path: str | Path, *, verify: bool = False) -> Bundle:
         trunk, head = machine["trunk"], machine["head"]
     except Exception as error:  # whatever TVM raises for code that is none of its own
         raise BundleError(f"{path / CODE}: TVM cannot load it: {error}") from None
-    arrays = []
-    for names in (manifest.trunk_weights, manifest.head_weights):
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise BundleError(f"{path / WEIGHTS}: missing tensor {missing[0]}")
-        arrays.append(tvm_ffi.Array([tensors[name] for name in names]))
+    arrays = (
+        tvm_ffi.Array([tensors[name] for name in names])
+        for names in (manifest.trunk_weights, manifest.head_weights)
+    )
     return Bundle(path, manifest, trunk, head, *arrays)
 
 
@@ -383,7 +384,7 @@ def read_header(
             if not 8 + length <= start <= end <= len(memory) or start % ALIGNMENT:
                 raise ValueError(f"{name} is outside of the file, or not aligned")
             tensors[name] = (dtype, shape, start, end)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{file}: its header is wrong: {error}") from None
     return tensors
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockffn_compile.aot.bundle import ALIGNMENT, DTYPE_BYTES, Bundle, tensor
-from blockffn_compile.engines.texts import Move
+from blockffn_compile.engines.texts import Move, Texts
+from blockffn_compile.speculative.tree import DraftTree
 
 if TYPE_CHECKING:
     import tvm
@@ -98,6 +99,28 @@ class Session:
         row = aligned((1, data.shape[1]))
         row[:] = data[-1:]
         return tensor(row, (1, features.shape[1]), str(features.dtype))
+
+
+def greedy(
+    session: Session, prompt: Sequence[int], stop_tokens: Collection[int] = ()
+) -> Iterator[int]:
+    """The most probable tokens after a prompt, until the session's longest text or a stop token.
+
+    Raises:
+        ValueError: the prompt is empty, too long, or has a token outside of the vocabulary.
+    """
+    texts = Texts(session.rows, session.max_length, session.bundle.manifest.vocab_size)
+    texts.start(0, prompt)
+    (*_, features) = session.prefill(0, prompt)
+    logits = session.head(session.last(features))
+    while texts.lengths[0] < session.max_length:
+        token = int(logits.numpy().astype(np.float32).argmax())
+        if token in stop_tokens:
+            return
+        yield token
+        places = texts.verify({0: DraftTree.root(token)}, 1)
+        logits = session.head(session.trunk(places))
+        texts.commit(0, [0])
 
 
 def as_bytes(entries: tvm.runtime.Tensor) -> NDArray[np.uint8]:

@@ -3,10 +3,12 @@
 import typer
 
 from blockffn_compile.cli import (
+    compile,
     demo,
     explain,
     generate,
     rewrite,
+    run,
     sparsity,
     specbench,
     train,
@@ -25,6 +27,8 @@ app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(explain.explain)
 app.command()(rewrite.rewrite)
+app.command("compile")(compile.compile_bundle)
+app.command()(run.run)
 app.command()(sparsity.sparsity)
 app.command()(specbench.specbench)
 app.command()(train.train)

@@ -128,10 +128,9 @@ def make_generator(
         )
 
 
-def encode_prompt(tokenizer: Tokenizer, model: BlockFFNForCausalLM, prompt: str) -> list[int]:
-    """Tokens of a prompt that leaves room in the context."""
+def encode_prompt(tokenizer: Tokenizer, longest: int, prompt: str) -> list[int]:
+    """Tokens of a prompt, at most ``longest``."""
     tokens = tokenizer.encode(prompt).ids
-    longest = model.config.max_position_embeddings - 1
     if not tokens:
         fail("the prompt is empty; give some text with --prompt")
     if len(tokens) > longest:

@@ -57,7 +57,7 @@ def demo(
 
     console = Console()
     model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint)
-    tokens = encode_prompt(tokenizer, model, prompt)
+    tokens = encode_prompt(tokenizer, model.config.max_position_embeddings - 1, prompt)
     start = len(tokens)
     new = generate(model, tokens, max_new_tokens)
     with console.status("compiling with backend blockffn"):

@@ -78,7 +78,7 @@ def generate(
     if backend is not Backend.blockffn and (speculate is not Speculate.off or stop):
         fail("--speculate and --stop need --backend blockffn")
     model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint)
-    tokens = encode_prompt(tokenizer, model, prompt)
+    tokens = encode_prompt(tokenizer, model.config.max_position_embeddings - 1, prompt)
     if backend is Backend.blockffn:
         from blockffn_compile.speculative.generator import stop_at
         from blockffn_compile.speculative.sampling import Sampler

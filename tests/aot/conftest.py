@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from blockffn_compile.aot.build import build
+from blockffn_compile.aot import compiler
+from blockffn_compile.aot.compiler import build
+from blockffn_compile.aot.export import export
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from tests.conftest import make_config
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _stamps(tmp_path_factory):
-    """What loading remembers goes where it does not stay."""
+def _quick(tmp_path_factory):
+    """One export serves all builds; what loading remembers goes where it does not stay."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "export", functools.cache(export))
         patch.setenv("BLOCKFFN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -5,7 +5,17 @@ import sys
 
 import pytest
 
-COMMANDS = ["demo", "generate", "explain", "sparsity", "specbench", "train", "train-drafter"]
+COMMANDS = [
+    "demo",
+    "generate",
+    "explain",
+    "compile",
+    "run",
+    "sparsity",
+    "specbench",
+    "train",
+    "train-drafter",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from blockffn_compile.aot.build import build
 from blockffn_compile.aot.bundle import load
+from blockffn_compile.aot.compiler import build
 from blockffn_compile.engines.tvm_engine import TvmEngine
 from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter

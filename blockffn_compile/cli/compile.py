@@ -1,0 +1,70 @@
+"""``blockffn compile``: a checkpoint as a bundle that runs without PyTorch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockffn_compile.cli.common import (
+    CheckpointArgument,
+    DType,
+    DTypeOption,
+    checkpoint_path,
+    reporting,
+)
+
+
+class TargetName(StrEnum):
+    native = "native"
+    x86_64_v3 = "x86-64-v3"
+    x86_64_v4 = "x86-64-v4"
+    arm64 = "arm64"
+
+
+def compile_bundle(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The bundle to write.")],
+    checkpoint: CheckpointArgument = None,
+    target: Annotated[
+        TargetName, typer.Option(help="What it runs on; native is exactly this CPU.")
+    ] = TargetName.native,
+    dtype: DTypeOption = DType.stored,
+) -> None:
+    """Compile a checkpoint with TVM to a bundle: native code, packed weights, tokenizer.
+
+    A bundle runs with `blockffn run`, which needs TVM and NumPy but no PyTorch, or from C++. Its
+    kernels run only the experts that are on. Code for arm64 is linked by aarch64-linux-gnu-g++.
+
+    Examples:
+
+    - `blockffn compile -o bundle`
+
+    - `blockffn compile path/to/checkpoint --target arm64 --dtype bfloat16 -o bundle`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        import torch
+
+        from blockffn_compile.aot.compiler import build
+
+        # CheckpointError is a ValueError, too.
+        with reporting(ValueError, RuntimeError):
+            build(
+                checkpoint_path(checkpoint),
+                target,
+                out,
+                dtype=None if dtype is DType.stored else getattr(torch, dtype),
+                progress=lambda stage, done, total: bar.update(
+                    task, description=stage, completed=done, total=total if done else None
+                ),
+            )
+    size = sum(file.stat().st_size for file in out.iterdir())
+    console.print(
+        f"{out}: {size / 1e6:.1f} MB for {target}; run it: blockffn run {out} --prompt ..."
+    )

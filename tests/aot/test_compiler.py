@@ -1,0 +1,102 @@
+"""Bundles as they are built."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from blockffn_compile.aot.bundle import ALIGNMENT, read_manifest
+from blockffn_compile.aot.compiler import build
+from blockffn_compile.models.checkpoint import save_model
+from tests.conftest import make_config
+
+
+def test_weights_are_aligned_and_named(model, bundle):
+    path = bundle / "weights.safetensors"
+    tensors = load_file(path)
+    manifest = read_manifest(bundle)
+    padding = {name for name in tensors if name.startswith("padding.")}
+    assert tensors.keys() - padding == {*manifest.trunk_weights, *manifest.head_weights}
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    assert (8 + size) % ALIGNMENT == 0
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(tensors)
+    assert torch.equal(tensors["model.norm.weight"], model.model.norm.weight)
+    assert tensors["model.rotary.cos"].dtype == torch.float32
+    up = tensors["model.layers.1.mlp.up_proj.panels"]  # [E, S / P, H, P]
+    expected = model.model.layers[1].mlp.up_proj  # [E, S, H]
+    assert torch.equal(up[:, 0].transpose(1, 2), expected)
+
+
+def test_arm64_code_uses_fused_vector_instructions(model, tmp_path):
+    """Built on any machine; an ELF file for AArch64 whose sums are ``fmla`` of four lanes."""
+    out = build(model, "arm64", tmp_path / "arm64")
+    manifest = read_manifest(out)
+    assert (manifest.architecture, manifest.cpu_features) == ("aarch64", ["asimd"])
+    command = ["aarch64-linux-gnu-objdump", "-d", str(out / "model.so")]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "file format elf64-littleaarch64" in code
+    assert len(re.findall(r"\tfmla\tv\d+\.4s", code)) > 100
+    # Only the instructions that every such CPU has.
+    assert not re.findall(r"\t(?:bfdot|bfmmla|fmla\tz\d+|sdot)", code)
+
+
+@pytest.mark.parametrize(
+    ("target", "has", "lacks"),
+    [("x86-64-v3", "vfmadd", "%zmm"), ("x86-64-v4", "%zmm", "vdpbf16ps")],
+)
+def test_x86_levels(model, tmp_path, target, has, lacks):
+    out = build(model, target, tmp_path / target)
+    command = ["objdump", "-d", str(out / "model.so")]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert has in code
+    assert lacks not in code
+    manifest = read_manifest(out)
+    assert ("avx512f" in manifest.cpu_features) == (target == "x86-64-v4")
+
+
+def test_the_same_model_gives_the_same_bytes(model, bundle, tmp_path):
+    """From a checkpoint as well, and in the place of an older bundle."""
+    save_model(model, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "tokenizer.json").write_text("{}")
+    out = tmp_path / "bundles" / "again"
+    shutil.copytree(bundle, out)
+    (out / "model.so").write_bytes(b"old")
+    build(tmp_path / "checkpoint", "native", out)
+    assert [path.name for path in out.parent.iterdir()] == ["again"]
+    assert (out / "tokenizer.json").read_text() == "{}"
+    for name in ("model.so", "weights.safetensors"):
+        assert (out / name).read_bytes() == (bundle / name).read_bytes(), name
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (bundle, out)]
+    for manifest in manifests:
+        for files in (manifest["sizes"], manifest["sha256"]):
+            files.pop("tokenizer.json", None)
+    assert manifests[0] == manifests[1]
+
+
+def test_other_folders_are_not_replaced(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else than a bundle"):
+        build(model, "native", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_unknown_targets_and_models(make_model, model, tmp_path):
+    with pytest.raises(ValueError, match="unknown target 'sparc'; known are native, x86-64-v3"):
+        build(model, "sparc", tmp_path / "out")
+    with pytest.raises(ValueError, match="key heads of 8: bundles need a multiple of 16"):
+        build(make_model(make_config("gqa")), "native", tmp_path / "out")
+
+
+def test_a_linker_that_is_missing(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"no linker for arm64 \(aarch64-linux-gnu-g\+\+\)"):
+        build(model, "arm64", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
