@@ -82,7 +82,7 @@ SMALLER = BlockFFNConfig(
 #: Published for the 2.8B model: experts of one token and in the union of 32; tokens a step.
 PAIRS, UNION, ACCEPTED = 0.1245, 0.3086, 2.66
 CONTEXT, DRAFT_VOCABULARY, DRAFT_WIDTH = 256, 32768, 6144
-STEPS, LEARNING = 120, 20
+STEPS, LEARNING = 436, 20
 TRACE = Path(__file__).with_name("eagle_trace.json")
 
 
