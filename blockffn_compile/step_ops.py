@@ -13,9 +13,7 @@ from torch import Tensor
 
 from blockffn_compile.schedules import tir
 from blockffn_compile.schedules.packing import PANELS
-
-#: Most tokens of one call.
-MAX_TOKENS = 64
+from blockffn_compile.schedules.plan import CHUNK_TOKENS as MAX_TOKENS
 
 torch.library.define("blockffn::linear", "(Tensor x, Tensor[] weights) -> Tensor")
 torch.library.define(
@@ -100,8 +98,11 @@ def _plain_attention(
     node = slots - context[:, None]
     seen = (ancestors[:, None] >> node.clamp(0, 63)) & 1 == 1
     visible = (node < 0) | ((node < 64) & seen)
+    # A mask alone multiplies what is hidden by zero, which a NaN survives.
+    hidden = ~visible[:, None, :, None]
+    keys, values = (stored[rows].masked_fill(hidden, 0) for stored in (keys, values))
     return torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, None], keys[rows], values[rows], visible[:, None, None], enable_gqa=True
+        q[:, :, None], keys, values, visible[:, None, None], enable_gqa=True
     )[:, :, 0]
 
 

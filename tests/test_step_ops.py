@@ -293,6 +293,18 @@ def test_attention_is_poisoned_by_what_it_sees_alone(heads, where, value, dtype)
         assert y[poisoned].isnan().all()
 
 
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_attention_without_a_kernel_is_not_poisoned_by_what_is_hidden(where):
+    case = Case("groups of two", torch.float32, [(0, 20, mask) for mask in TREE])
+    clean = _plain_attention(*case.arguments())
+    getattr(case, where)[0, :, 22] = NAN
+    y = _plain_attention(*case.arguments())
+    seeing = torch.tensor([22 in case.seen(t) for t in range(len(TREE))])
+    assert 0 < seeing.sum() < len(TREE)
+    assert torch.equal(y[~seeing], clean[~seeing])
+    assert y[seeing].isnan().all()
+
+
 def test_attention_query_of_nan_stays_alone():
     case = Case("groups of two", torch.float32, chain(5, 17))
     clean = ATTENTION(*case.arguments())

@@ -51,8 +51,11 @@ class Texts:
         """The text of a row is these tokens from now on.
 
         Raises:
-            ValueError: there are none, too many, or one is not in the vocabulary.
+            ValueError: there are none, too many, or one is not in the vocabulary; or there is no
+                such row.
         """
+        if not 0 <= row < self.rows:
+            raise ValueError(f"row {row}: this engine has the rows 0..{self.rows - 1}")
         if not 0 < len(tokens) <= self.max_length:
             raise ValueError(
                 f"a text of {len(tokens)} tokens: this engine takes 1 to {self.max_length}"

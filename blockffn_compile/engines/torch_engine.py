@@ -55,7 +55,7 @@ class TorchEngine:
         """
         config, weight = model.config, model.lm_head.weight
         self.model, self.rows = model, rows
-        self.max_length = max_length or config.max_position_embeddings
+        self.max_length = config.max_position_embeddings if max_length is None else max_length
         self.vocab_size = config.vocab_size
         self.cache = StaticCache(config, rows, self.max_length, weight.dtype, weight.device)
         self._texts = Texts(rows, self.max_length, config.vocab_size)

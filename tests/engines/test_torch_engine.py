@@ -269,9 +269,16 @@ def test_warm_up_of_short_contexts(make_model):
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-def test_length_beyond_the_model(make_model):
-    with pytest.raises(ValueError, match=r"129 is not within 1\.\.128"):
-        TorchEngine(make_model(MODELS["gqa"]), max_length=129)
+@pytest.mark.parametrize("length", [0, -1, 129])
+def test_lengths_that_the_model_does_not_have(make_model, length):
+    with pytest.raises(ValueError, match=rf"{length} is not within 1\.\.128"):
+        TorchEngine(make_model(MODELS["gqa"]), max_length=length)
+
+
+@pytest.mark.parametrize("row", [-1, 2])
+def test_rows_that_are_none(quick, row):
+    with pytest.raises(ValueError, match=rf"row {row}: this engine has the rows 0\.\.1"):
+        quick.prefill(row, PROMPT)
 
 
 @pytest.mark.parametrize(
