@@ -188,7 +188,8 @@ class _Lowering:
         ):
             shape = known.shape
         if shape is None:
-            return None
+            tensor = self.constant(value)
+            return None if tensor is None else tuple(tensor.shape.numpy())
         return tuple(dim if isinstance(dim, int) else dim.value or object() for dim in shape)
 
     def dtype(self, value: ir.Value) -> str:
@@ -198,18 +199,22 @@ class _Lowering:
         return _DTYPES.get(name, name)
 
     def lower(self, node: ir.Node) -> None:
-        if self.constant(node.outputs[0]) is not None:
+        tensor = self.constant(node.outputs[0])
+        if tensor is not None and (node.op_type == "Constant" or _number(tensor) is not None):
             self.leaf(node.outputs[0])
             return
         if node.op_type in ("Shape", "Size"):
             self.new(node, "other")  # they do not read the elements
             return
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if rule is not None and self.shape(node.outputs[0]) is not None:
+        values = (node.outputs[0], *(value for value in node.inputs if value is not None))
+        if rule is not None and all(self.shape(value) is not None for value in values):
             rule(self, node)
-        inside = map(self.operand, _captured(node, self.captured))
+        inside = tuple(map(self.operand, _captured(node, self.captured)))
         for index, output in enumerate(node.outputs):
-            if output not in self.of:
+            if output not in self.of and self.constant(output) is not None:
+                self.leaf(output)
+            elif output not in self.of:
                 self.new(node, "other", (*self.operands(node), *inside), index)
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 import blockffn_compile.step_ops  # noqa: F401  (registers the attention of a step)
 from blockffn_compile.models.config import BlockFFNConfig
+
+
+class StepCache(Protocol):
+    """Stands in for the cache of a forward pass, and does the attention itself."""
+
+    def attend(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Stores keys and values [B, G, T, dim] and attends with q [B, Q, T, D].
+
+        Returns:
+            [B, T, Q * V].
+        """
 
 
 class StaticCache:

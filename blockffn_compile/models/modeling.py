@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockffn_compile.layer import ACTIVATIONS, BlockFFN, RMSNorm
-from blockffn_compile.models.cache import StaticCache, TreeStep
+from blockffn_compile.models.cache import StaticCache, StepCache
 from blockffn_compile.models.config import BlockFFNConfig
 
 
@@ -83,14 +83,14 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         positions: Tensor,
-        cache: StaticCache | TreeStep | None,
+        cache: StaticCache | StepCache | None,
         mask: Tensor | None,
     ) -> Tensor:
         q, k, v = self.project(x, rope)
-        if isinstance(cache, TreeStep):
-            return self.o_proj(cache.attend(self.layer, q, k, v))
-        if cache is not None:
+        if isinstance(cache, StaticCache):
             k, v = cache.update(self.layer, k, v, positions)
+        elif cache is not None:
+            return self.o_proj(cache.attend(self.layer, q, k, v))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: StaticCache | TreeStep | None = None,
+        cache: StaticCache | StepCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         if positions is None:
@@ -227,7 +227,7 @@ class BlockFFNForCausalLM(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: StaticCache | TreeStep | None = None,
+        cache: StaticCache | StepCache | None = None,
         mask: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
@@ -236,8 +236,7 @@ class BlockFFNForCausalLM(nn.Module):
         Args:
             tokens: [batch, T] int64.
             positions: [T] int64, default 0..T-1.
-            cache: written at ``positions`` and read whole; or, for up to 64 tokens that are nodes
-                of trees, a :class:`TreeStep`.
+            cache: written at ``positions`` and read whole; or what does the attention itself.
             mask: bool, broadcastable to [batch, heads, T, keys], true where a token may look.
                 Default: causal.
             logits_to_keep: of how many of the last tokens; 0 for all.

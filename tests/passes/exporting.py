@@ -73,6 +73,7 @@ def export(
         dynamic: all dimensions of the inputs but the last are symbolic, unless they are one.
         optimize: fold constants and fuse operators.
     """
+    bundled = isinstance(module, Bundle)  # whose inputs are a list
     shapes = tuple({i: Dim.DYNAMIC for i in range(x.dim() - 1) if x.shape[i] > 1} for x in inputs)
     with quietly():
         program = torch.onnx.export(
@@ -80,7 +81,7 @@ def export(
             inputs,
             dynamo=True,
             opset_version=opset,
-            dynamic_shapes=(shapes,) if dynamic else None,
+            dynamic_shapes=None if not dynamic else (shapes,) if bundled else shapes,
             optimize=optimize,
             verbose=False,
         )

@@ -1,0 +1,52 @@
+"""ONNX Runtime sessions for models with sparse layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime
+
+from blockffn_compile.onnx.files import ModelError, load
+from blockffn_compile.passes.onnx_function import DOMAIN, NAME
+
+
+class Session(onnxruntime.InferenceSession):
+    """A session of ONNX Runtime that knows how its sparse layers run.
+
+    Attributes:
+        flavour: ``native``: by the kernels of our library; ``portable``: by the body of their
+            function; ``dense``: there are none.
+    """
+
+    flavour: Literal["native", "portable", "dense"]
+
+
+def session(
+    path: str | Path, *, library: str | Path | None = None, threads: int | None = None
+) -> Session:
+    """Opens a model on the CPU.
+
+    Args:
+        path: any ONNX model.
+        library: our custom-op library; without one the sparse layers' function bodies run.
+        threads: for the work within an operator; default: one for each core.
+
+    Raises:
+        ModelError: the model cannot be read, or ONNX Runtime refuses it or the library.
+    """
+    model = load(path)
+    sparse = any((node.domain, node.op_type) == (DOMAIN, NAME) for node in model.graph)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # it warns of every initializer that only one branch reads
+    # Else its threads go on waiting actively, in the way of whatever follows a step.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        if sparse and library is not None:
+            options.register_custom_ops_library(str(library))
+        opened = Session(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"{path}: ONNX Runtime refuses it: {error}") from error
+    opened.flavour = "dense" if not sparse else "portable" if library is None else "native"
+    return opened
