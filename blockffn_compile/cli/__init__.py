@@ -6,6 +6,7 @@ from blockffn_compile.cli import (
     compile,
     demo,
     explain,
+    export,
     generate,
     rewrite,
     run,
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(explain.explain)
+app.command()(export.export)
 app.command()(rewrite.rewrite)
 app.command("compile")(compile.compile_bundle)
 app.command()(run.run)
