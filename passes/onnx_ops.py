@@ -9,6 +9,7 @@ import ast
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +28,9 @@ Rule = Callable[["_Lowering", ir.Node], None]
 _RULES: dict[str, Rule] = {}
 
 _DTYPES = {"float": "float32", "double": "float64"}
+
+#: Operations whose result need not have the rank of an operand.
+_ANY_RANK = {"other", "reshape", "slice", "gather", "cat", "scatter"}
 
 #: Constants of at most this many elements are read to see what they hold.
 _SMALL = 1 << 12
@@ -126,7 +130,7 @@ class _Lowering:
             op, attrs, inputs = "scalar", inputs[0].attrs, ()
         source = node.outputs[index]
         shape = self.shape(source)
-        if shape is None and op != "scalar":
+        if op != "scalar" and (shape is None or not _fits(op, inputs, shape, attrs)):
             op, attrs = "other", {}
         value = Value(op, inputs, shape or (), self.dtype(source), attrs, source, node.op_type)
         value.scope = module_paths(node)
@@ -209,7 +213,10 @@ class _Lowering:
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         values = (node.outputs[0], *(value for value in node.inputs if value is not None))
         if rule is not None and all(self.shape(value) is not None for value in values):
-            rule(self, node)
+            with suppress(
+                ValueError, IndexError, KeyError
+            ):  # a node that breaks its operator's rules
+                rule(self, node)
         inside = tuple(map(self.operand, _captured(node, self.captured)))
         for index, output in enumerate(node.outputs):
             if output not in self.of and self.constant(output) is not None:
@@ -219,6 +226,21 @@ class _Lowering:
 
 
 # --- Reading nodes --------------------------------------------------------------------------------
+
+
+def _fits(
+    op: str, inputs: tuple[Value, ...], shape: tuple[Size, ...], attrs: dict[str, Any]
+) -> bool:
+    """Whether the ranks are those of the operation: files may state shapes that are wrong."""
+    ranks, rank = [len(value.shape) for value in inputs], len(shape)
+    if op == "permute":
+        return ranks == [rank] and sorted(attrs["perm"]) == list(range(rank))
+    if op in ("sum", "mean", "amax"):
+        axes = attrs["axes"]
+        return rank in (ranks[0], ranks[0] - len(axes)) and all(a < ranks[0] for a in axes)
+    if op == "expand":
+        return ranks[0] <= rank
+    return op in _ANY_RANK or rank == max(ranks)
 
 
 def _number(tensor: ir.TensorProtocol) -> float | None:
