@@ -298,7 +298,6 @@ def overhead() -> dict[str, float]:
     """Share of the loop's time outside the engine and proposals, plain and with n-grams."""
     engine = TorchEngine(random_model(SMALLER), max_length=2 * CONTEXT)
     list(engine.warm_up((1, 4)))
-    prompt = [i % 7 for i in range(CONTEXT)]
     result = {}
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -308,7 +307,7 @@ def overhead() -> dict[str, float]:
         },
     }
     for name, options in ways.items():
-        steps = decode(engine, [prompt], 100, **options)
+        steps = decode(engine, [[0]], 100, **options)
         next(steps)
         inside, start = 0.0, time.perf_counter()
         for step in steps:
