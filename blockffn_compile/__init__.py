@@ -43,7 +43,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 #: Packages that are loaded when they are first used.
-_PACKAGES = ("aot",)
+_PACKAGES = ("aot", "onnx")
 
 
 def __getattr__(name: str) -> Any:
