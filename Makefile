@@ -17,7 +17,7 @@ help:
 demo: $(READY) compiler
 	@$(BIN)/blockffn demo
 
-test: $(READY) compiler
+test: $(READY) compiler arm
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -45,6 +45,13 @@ compiler:
 	@command -v $(CXX) >/dev/null || \
 	  { echo "error: no C++ compiler ($(CXX)); install g++ or set CXX" >&2; exit 1; }
 
+# The tests build for Arm and run that in an emulator.
+arm:
+	@for tool in cmake aarch64-linux-gnu-g++ qemu-aarch64-static; do \
+	  command -v $$tool >/dev/null || { echo "error: the tests need $$tool; install" \
+	    "cmake, g++-aarch64-linux-gnu and qemu-user-static (Debian's names)" >&2; exit 1; }; \
+	done
+
 # The stamp is written last, so an interrupted set-up is taken up again.
 $(READY): requirements.lock pyproject.toml
 	@for python in $(PYTHON) python3.11 python3 python; do \
@@ -61,4 +68,4 @@ $(READY): requirements.lock pyproject.toml
 	  --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.PHONY: help demo test lint bench test-gpu bench-gpu compiler
+.PHONY: help demo test lint bench test-gpu bench-gpu compiler arm
