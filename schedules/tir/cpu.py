@@ -1,6 +1,6 @@
 """The chunk-sparse FFN as one TIR function for CPUs (x86 and Arm).
 
-Steps, for up to :data:`MAX_TOKENS` tokens:
+Steps:
 
 1. Plan: for each active expert the tokens that use it, from the non-zero scores.
 2. Up: for each (active expert, panel) and each tile of its tokens, ``x @ up`` with the tile's
@@ -27,12 +27,10 @@ from tvm.tirx.script.builder import ir as T
 from blockffn_compile.schedules.tir.tile import (
     ACTIVATIONS,
     LANES,
-    MAX_TOKENS,
     Tiling,
     add_products,
     at,
     broadcast,
-    for_tiles,
     store_row,
     widen,
     widen_row,
@@ -62,7 +60,7 @@ def chunk_sparse_ffn(
 
     Returns:
         A function of x [n, H], scores [n, E], up and gate [E, S/P, H, P], down [E, H/P, S, P]
-        and the result y [n, H], for 1 <= n <= MAX_TOKENS.
+        and the result y [n, H], for any n from 1.
     """
     h, e, s = (
         tirx.Var(name, "int32") if length is None else length
@@ -85,9 +83,9 @@ def chunk_sparse_ffn(
         y = T.arg("y", T.buffer((n, h), dtype))
         chosen = T.arg("act", T.int32()) if act is None else None
 
-        pairs = MAX_TOKENS * e
-        x32 = T.alloc_buffer((MAX_TOKENS, h + pad), "float32")
-        y32 = T.alloc_buffer((MAX_TOKENS, down_panels * down_p + pad), "float32")
+        pairs = n * e
+        x32 = T.alloc_buffer((n, h + pad), "float32")
+        y32 = T.alloc_buffer((n, down_panels * down_p + pad), "float32")
         mid = T.alloc_buffer((pairs, up_panels * up_p + pad), "float32")
         gates = T.alloc_buffer((pairs if gated else 1, up_panels * up_p + pad), "float32")
         pair_token = T.alloc_buffer((pairs,), "int32")
@@ -95,7 +93,7 @@ def chunk_sparse_ffn(
         # The active experts, ascending, and the first pair of each.
         active = T.alloc_buffer((e,), "int32")
         offset = T.alloc_buffer((e + 1,), "int32")
-        used = T.alloc_buffer((MAX_TOKENS,), "int32")
+        used = T.alloc_buffer((n,), "int32")
         counts = T.alloc_buffer((2,), "int32")  # active experts, pairs
 
         # Plan.  A score is compared by its bits: NaN is active, -0.0 is not.
@@ -133,23 +131,22 @@ def chunk_sparse_ffn(
             index, panel = T.bind(unit // up_panels), T.bind(unit % up_panels)
             expert = T.bind(active[index])
             first, last = T.bind(offset[index]), T.bind(offset[index + 1])
-            for weights, result in ((up, mid), (gate, gates)) if gated else ((up, mid),):
 
-                def up_tile(
-                    count: int, begin: Any, weights: Any = weights, out: Any = result
-                ) -> None:
-                    tokens = [T.bind(pair_token[begin + i]) for i in range(count)]
-                    add_products(
-                        count,
-                        weights,
-                        expert,
-                        panel,
-                        lambda i, k: x32[tokens[i], k],
-                        [(out, begin + i) for i in range(count)],
-                        accumulate=False,
-                    )
+            def project(weights: Any, result: Any) -> None:
+                add_products(
+                    weights,
+                    expert,
+                    panel,
+                    (first, last),
+                    tiling.tokens,
+                    source=lambda pair: (x32, T.bind(pair_token[pair])),
+                    target=lambda pair: (result, pair),
+                    accumulate=False,
+                )
 
-                for_tiles(first, last, tiling.tokens, up_tile)
+            project(up, mid)
+            if gated:
+                project(gate, gates)
 
             def activate(function: Callable[[Any], Any]) -> None:
                 with T.serial(last - first) as i, T.serial(up_p // LANES) as v:
@@ -171,22 +168,15 @@ def chunk_sparse_ffn(
 
         with T.parallel(down_panels) as panel:
             with T.serial(counts[0]) as index:
-                expert = T.bind(active[index])
-
-                def down_tile(count: int, begin: Any) -> None:
-                    tokens = [T.bind(pair_token[begin + i]) for i in range(count)]
-                    add_products(
-                        count,
-                        down,
-                        expert,
-                        panel,
-                        lambda i, k: mid[begin + i, k],
-                        [(y32, tokens[i]) for i in range(count)],
-                        accumulate=True,
-                    )
-
-                for_tiles(
-                    T.bind(offset[index]), T.bind(offset[index + 1]), tiling.tokens, down_tile
+                add_products(
+                    down,
+                    T.bind(active[index]),
+                    panel,
+                    (T.bind(offset[index]), T.bind(offset[index + 1])),
+                    tiling.tokens,
+                    source=lambda pair: (mid, pair),
+                    target=lambda pair: (y32, T.bind(pair_token[pair])),
+                    accumulate=True,
                 )
             with T.serial(n) as t, T.serial(down_p // LANES) as v:
                 store_row(y32, y, t, T.bind(panel * down_p + v * LANES))

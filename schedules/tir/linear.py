@@ -6,8 +6,6 @@ others: each output's sum has one fixed order (see ``tile.add_products``).
 
 from __future__ import annotations
 
-from typing import Any
-
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
@@ -16,7 +14,6 @@ from blockffn_compile.schedules.tir.tile import (
     LANES,
     MAX_TOKENS,
     add_products,
-    for_tiles,
     store_row,
     widen_row,
 )
@@ -50,19 +47,16 @@ def panel_linear(inputs: int, outputs: int, dtype: str, panel: int, tokens: int)
         with T.serial(n) as t:
             widen_row(x, x32, t)
         with T.parallel(panels) as p:
-
-            def tile(count: int, begin: Any) -> None:
-                add_products(
-                    count,
-                    weight,
-                    0,
-                    p,
-                    lambda i, k: x32[begin + i, k],
-                    [(y32, begin + i) for i in range(count)],
-                    accumulate=False,
-                )
-
-            for_tiles(0, n, tokens, tile)
+            add_products(
+                weight,
+                0,
+                p,
+                (0, n),
+                tokens,
+                source=lambda t: (x32, t),
+                target=lambda t: (y32, t),
+                accumulate=False,
+            )
             with T.serial(n) as t, T.serial(panel // LANES) as v:
                 store_row(y32, y, t, T.bind(p * panel + v * LANES))
     return builder.get()

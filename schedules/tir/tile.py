@@ -6,7 +6,7 @@ time; vectors are explicit, and LLVM splits them to what the target has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,72 +132,73 @@ def _prefetch(weights: Any, expert: Any, panel: Any, k: Any, itemsize: int) -> N
 
 
 def add_products(
-    count: int,
     weights: Any,
     expert: Any,
     panel: Any,
-    source: Callable[[int, Any], Any],
-    rows: Sequence[tuple[Any, Any]],
+    pairs: tuple[Any, Any],
+    most: int,
+    source: Callable[[Any], tuple[Any, Any]],
+    target: Callable[[Any], tuple[Any, Any]],
     accumulate: bool,
 ) -> None:
-    """``rows[i][panel] (+)= sum_k source(i, k) * weights[expert, panel, k]`` for one token tile.
+    """``target[panel] (+)= source @ weights[expert, panel]`` for every pair.
+
+    A block of a panel meets all pairs while the first-level cache holds it.
 
     Args:
-        count: tokens, unrolled.
         weights: panels [E, N/P, K, P] of ``dtype``.
         expert: first index.
         panel: second index.
-        source: (token of the tile, k) to a float32 scalar.
-        rows: (buffer, row) that receives each token's sums.
-        accumulate: start from the stored sums instead of zero.
+        pairs: first and last + 1.
+        most: pairs whose sums registers hold.
+        source: pair to the (buffer, row) of its K inputs in float32.
+        target: pair to the (buffer, row) of its N outputs in float32.
+        accumulate: add to what is in ``target``.
     """
     depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
     vectors, column = range(0, width, LANES), panel * width
-    # One small buffer a token: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
-    sums = [T.alloc_buffer((width,), "float32") for _ in range(count)]
 
-    def every_vector(body: Callable[[Any, Any, Any, int], None]) -> None:
-        for (buffer, row), total in zip(rows, sums, strict=True):
+    def tile(count: int, begin: Any, block: Any) -> None:
+        inputs = [source(begin + i) for i in range(count)]
+        # One small buffer a pair: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
+        sums = [T.alloc_buffer((width,), "float32") for _ in inputs]
+        for total in sums:
             for v in vectors:
-                body(total, buffer, row, v)
-
-    if not accumulate:
-        every_vector(
-            lambda s, buffer, row, v: T.buffer_store(buffer, f32(0), [row, at(column + v)])
-        )
-    with T.serial((depth + (BLOCK - 1)) // BLOCK) as block:
-        every_vector(lambda s, buffer, row, v: T.buffer_store(s, f32(0), [at(v)]))
+                T.buffer_store(total, f32(0), [at(v)])
         with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
             k = T.bind(block * BLOCK + step)
             _prefetch(weights, expert, panel, k, DataType(dtype).itemsize)
             loaded = [T.bind(widen(weights[expert, panel, k, at(v)], dtype)) for v in vectors]
-            for i in range(count):
-                scalar = broadcast(source(i, k))
+            for (buffer, row), total in zip(inputs, sums, strict=True):
+                scalar = broadcast(buffer[row, k])
                 for v, vector in zip(vectors, loaded, strict=True):
-                    T.buffer_store(sums[i], T.fma(scalar, vector, sums[i][at(v)]), [at(v)])
-        every_vector(
-            lambda s, buffer, row, v: T.buffer_store(
-                buffer, buffer[row, at(column + v)] + s[at(v)], [row, at(column + v)]
-            )
-        )
+                    T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
+        for i, total in enumerate(sums):
+            buffer, row = target(begin + i)
+            for v in vectors:
+                place = [row, at(column + v)]
+                T.buffer_store(buffer, buffer[*place] + total[at(v)], place)
 
-
-def for_tiles(first: Any, last: Any, most: int, body: Callable[[int, Any], None]) -> None:
-    """Splits pairs first..last into even tiles and calls ``body(static count, begin)``."""
-    total = T.bind(last - first)
-    tiles = T.bind((total + (most - 1)) // most)
-    with T.serial(tiles) as j:
-        # Read back from a variable: TVM's arithmetic would carry the quotient through every index
-        # of the body, which took most of the time to compile.
+    if not accumulate:
+        with T.serial(pairs[1] - pairs[0]) as i:
+            buffer, row = target(T.bind(pairs[0] + i))
+            for v in vectors:
+                T.buffer_store(buffer, f32(0), [row, at(column + v)])
+    # Tiles as even as can be.
+    total = T.bind(pairs[1] - pairs[0])
+    tiles = T.bind(T.max((total + (most - 1)) // most, 1))
+    least, larger = T.bind(total // tiles), T.bind(total % tiles)
+    with T.serial((depth + (BLOCK - 1)) // BLOCK) as block, T.serial(tiles) as j:
+        # Read back from a variable: TVM's arithmetic would carry the quotients through every index
+        # of the tile, which took most of the time to compile.
         start = T.alloc_buffer((1,), "int32")
-        T.buffer_store(start, first + total * j // tiles, [0])
-        begin = T.bind(start[0])
-        count = T.bind(first + total * (j + 1) // tiles - begin)
+        T.buffer_store(start, pairs[0] + least * j + T.min(j, larger), [0])
+        begin, count = T.bind(start[0]), T.bind(T.Select(j < larger, least + 1, least))
 
         def choose(size: int) -> None:
             with T.If(count == size):
                 with T.Then():
-                    body(size, begin)
+                    tile(size, begin, block)
                 if size < most:
                     with T.Else():
                         choose(size + 1)
