@@ -73,6 +73,7 @@ def test_wheel_contents(wheel) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for path in (
         "blockffn_compile/py.typed",
+        "blockffn_compile/onnx/native/chunk_sparse_ffn.cc",
         "blockffn_compile/passes/fx.py",
         "blockffn_compile/schedules/plan.py",
         *(
@@ -110,8 +111,9 @@ def test_installed_wheel_compiles_a_layer_without_the_repository(wheel, tmp_path
     [
         (["compiler", "CXX=no-such-compiler"], "no C++ compiler (no-such-compiler)"),
         ([".venv/.ready", "PATH={tools}"], "no Python >= 3.11"),
+        (["arm", "PATH={tools}"], "the tests need cmake; install"),
     ],
-    ids=["compiler", "python"],
+    ids=["compiler", "python", "arm"],
 )
 def test_what_is_missing_is_said_in_one_line(tmp_path, arguments, reason) -> None:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
