@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from blockffn_compile.models.checkpoint import save_model
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
+from blockffn_compile.report import Report
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    pass\n" * 4
 
@@ -58,6 +61,33 @@ def make_model() -> Callable[..., BlockFFNForCausalLM]:
         return model.eval().requires_grad_(False)
 
     return make
+
+
+#: Small decoders in ONNX: kind of attention, flavour, dtype.
+ONNX_DECODERS: dict[str, tuple[str, Literal["portable", "dense"], torch.dtype]] = {
+    "gqa": ("gqa", "portable", torch.float32),
+    "mla": ("mla", "portable", torch.float32),
+    "float16": ("gqa", "portable", torch.float16),
+    "dense": ("gqa", "dense", torch.float32),
+}
+
+
+@pytest.fixture(scope="session")
+def onnx_decoder(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., BlockFFNForCausalLM]
+) -> Callable[[str], tuple[BlockFFNForCausalLM, Path, Report]]:
+    """Exports one of ``ONNX_DECODERS`` once; the model in its dtype, the file, and the report."""
+    from blockffn_compile.onnx import export
+
+    @functools.cache
+    def decoder(name: str) -> tuple[BlockFFNForCausalLM, Path, Report]:
+        attention, flavour, dtype = ONNX_DECODERS[name]
+        model = make_model(make_config(attention, max_position_embeddings=256))
+        path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+        report = export(model, path, flavour=flavour, dtype=dtype)
+        return model.to(dtype), path, report
+
+    return decoder
 
 
 @pytest.fixture(scope="session")

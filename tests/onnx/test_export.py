@@ -13,29 +13,18 @@ import torch
 import blockffn_compile.onnx
 from blockffn_compile.layer import BlockFFN, BlockFFNSpec
 from blockffn_compile.models.config import BlockFFNConfig
-from blockffn_compile.onnx.export import CONFIG, Flavour, cache_names, cache_shapes
+from blockffn_compile.onnx.export import CONFIG, cache_names, cache_shapes
 from blockffn_compile.onnx.files import load, save
-from tests.conftest import make_config
+from tests.conftest import ONNX_DECODERS, make_config
 from tests.passes.exporting import export as export_module
 
-VARIANTS: dict[str, tuple[str, Flavour, torch.dtype]] = {
-    "gqa": ("gqa", "portable", torch.float32),
-    "mla": ("mla", "portable", torch.float32),
-    "float16": ("gqa", "portable", torch.float16),
-    "dense": ("gqa", "dense", torch.float32),
-}
 TOKENS = (1, 2, 7, 8, 33, 64, 200)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def exported(request, make_model, tmp_path_factory):
-    """The model in the exported dtype, the file and the report."""
-    attention, flavour, dtype = VARIANTS[request.param]
-    model = make_model(make_config(attention, max_position_embeddings=256))
-    path = tmp_path_factory.mktemp("export") / "model.onnx"
-    report = blockffn_compile.onnx.export(model, path, flavour=flavour, dtype=dtype)
-    assert model.lm_head.weight.dtype == torch.float32
-    return model.to(dtype), path, report, flavour
+@pytest.fixture(params=ONNX_DECODERS)
+def exported(request, onnx_decoder):
+    """The model in the exported dtype, the file, the report and the flavour."""
+    return *onnx_decoder(request.param), ONNX_DECODERS[request.param][1]
 
 
 def step(model, session, cache, tokens, positions, mask, slots=None):
