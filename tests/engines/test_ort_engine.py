@@ -183,9 +183,7 @@ def test_wrong_trees_and_paths(engine):
 
 def test_models_that_are_no_decoders(tmp_path):
     save(make_model(), tmp_path / "model.onnx")
-    with pytest.raises(
-        ModelError, match=r"not a decoder with a cache; write one"
-    ):
+    with pytest.raises(ModelError, match=r"not a decoder with a cache; write one"):
         OrtEngine(tmp_path / "model.onnx")
 
 
