@@ -173,6 +173,11 @@ def cut(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
+def replace_by_folder(bundle: Path) -> None:
+    (bundle / "model.so").unlink()
+    (bundle / "model.so").mkdir()
+
+
 def swap_header(bundle: Path) -> None:
     """A header of the same length with a tensor beyond the end of the file."""
     file = bundle / "weights.safetensors"
@@ -197,10 +202,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut code": (lambda b: cut(b / "model.so", 1000), "model.so: 1000 bytes, the manifest says"),
     "cut weights": (lambda b: cut(b / "weights.safetensors", 9), "safetensors: 9 bytes"),
     "flipped code": (lambda b: flip(b / "model.so", 5000), "model.so: damaged"),
-    "directory": (
-        lambda b: ((b / "model.so").unlink(), (b / "model.so").mkdir()),
-        "model.so: not a regular file",
-    ),
+    "directory": (replace_by_folder, "model.so: not a regular file"),
     "header": (lambda b: flip(b / "weights.safetensors", 9), "safetensors: not valid JSON"),
     "length": (lambda b: flip(b / "weights.safetensors", 7), "header is longer than the file"),
     "offsets": (swap_header, "outside of the file"),
