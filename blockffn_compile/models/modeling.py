@@ -87,10 +87,10 @@ class Attention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         q, k, v = self.project(x, rope)
-        if isinstance(cache, StaticCache):
-            k, v = cache.update(self.layer, k, v, positions)
-        elif cache is not None:
+        if cache is not None and hasattr(cache, "attend"):
             return self.o_proj(cache.attend(self.layer, q, k, v))
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
