@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.first_light import medians
+from blockffn_compile.onnx import build_library
 from blockffn_compile.passes.onnx_function import DOMAIN, NAME, function
 
 HIDDEN, EXPERTS, SIZE = 2048, 48, 128
@@ -120,7 +121,6 @@ def exact(inputs: dict[str, np.ndarray], weights: Weights) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write benchmark records here")
-    parser.add_argument("--library", type=Path, help="custom-op library, for the native form")
     parser.add_argument("--layers", type=int, default=4, help="layers in the stack (0.1 GB each)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     parser.add_argument("--threads", type=int, default=2)
@@ -134,9 +134,11 @@ def main() -> None:
         up, down = (rng.standard_normal(shape, np.float32) * n**-0.5 for n in (HIDDEN, SIZE))
         weights.append((up.astype(np.float32), down.astype(np.float32)))
     make = functools.partial(make_session, weights=weights, threads=options.threads)
-    sessions = {"dense": make(DENSE), "portable": make(SPARSE)}
-    if options.library is not None:
-        sessions["native"] = make(SPARSE, library=options.library)
+    sessions = {
+        "dense": make(DENSE),
+        "portable": make(SPARSE),
+        "native": make(SPARSE, library=build_library()),
+    }
 
     records = []
     table = Table("tokens", "active", *sessions, *(f"{s}, bar" for s in list(sessions)[1:]))

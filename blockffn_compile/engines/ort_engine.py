@@ -44,6 +44,7 @@ class OrtEngine:
         max_length: int | None = None,
         *,
         library: str | Path | None = None,
+        portable: bool = False,
         threads: int | None = None,
     ) -> None:
         """Opens the model.
@@ -52,13 +53,13 @@ class OrtEngine:
             path: exported with a cache.
             rows: how many texts.
             max_length: of a text; default: the model's context.
-            library, threads: see :func:`blockffn_compile.onnx.session`.
+            library, portable, threads: see :func:`blockffn_compile.onnx.session`.
 
         Raises:
             ModelError: the file cannot be used, or was not exported with a cache.
             ValueError: ``max_length`` is longer than the model's context.
         """
-        self.session = session(path, library=library, threads=threads)
+        self.session = session(path, library=library, portable=portable, threads=threads)
         fields = self.session.get_modelmeta().custom_metadata_map.get(CONFIG)
         types = {value.name: value.type for value in self.session.get_inputs()}
         if fields is None or "past.0.key" not in types:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 import onnxruntime
 
 from blockffn_compile.onnx.files import ModelError, load
+from blockffn_compile.onnx.headers import HeadersError
+from blockffn_compile.onnx.library import LibraryError, build_library
 from blockffn_compile.passes.onnx_function import DOMAIN, NAME
+
+log = logging.getLogger("blockffn_compile")
 
 
 class Session(onnxruntime.InferenceSession):
@@ -23,13 +28,19 @@ class Session(onnxruntime.InferenceSession):
 
 
 def session(
-    path: str | Path, *, library: str | Path | None = None, threads: int | None = None
+    path: str | Path,
+    *,
+    library: str | Path | None = None,
+    portable: bool = False,
+    threads: int | None = None,
 ) -> Session:
     """Opens a model on the CPU.
 
     Args:
         path: any ONNX model.
-        library: our custom-op library; without one the sparse layers' function bodies run.
+        library: our custom-op library; default: the one that :func:`build_library` makes, if it
+            can here, and else none, as the log then says.
+        portable: let the function bodies of sparse layers run, as elsewhere.
         threads: for the work within an operator; default: one for each core.
 
     Raises:
@@ -37,16 +48,22 @@ def session(
     """
     model = load(path)
     sparse = any((node.domain, node.op_type) == (DOMAIN, NAME) for node in model.graph)
+    if sparse and not portable and library is None:
+        try:
+            library = build_library()
+        except (LibraryError, HeadersError, ImportError) as error:
+            log.warning("sparse layers run without our kernels: %s", error)
+    native = sparse and not portable and library is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # it warns of every initializer that only one branch reads
     # Else its threads go on waiting actively, in the way of whatever follows a step.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        if sparse and library is not None:
+        if native:
             options.register_custom_ops_library(str(library))
         opened = Session(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's own have no base of theirs
         raise ModelError(f"{path}: ONNX Runtime refuses it: {error}") from error
-    opened.flavour = "dense" if not sparse else "portable" if library is None else "native"
+    opened.flavour = "native" if native else "portable" if sparse else "dense"
     return opened

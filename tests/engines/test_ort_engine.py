@@ -40,7 +40,7 @@ def path(decoder):
 
 @pytest.fixture
 def engine(path):
-    return OrtEngine(path, ROWS, LENGTH, threads=1)
+    return OrtEngine(path, ROWS, LENGTH, portable=True, threads=1)
 
 
 def logits_of(model, tokens):
@@ -110,7 +110,7 @@ def test_rows_do_not_disturb_each_other(engine):
 
 def test_the_cache_is_written_in_place_and_grows(path, model, monkeypatch):
     monkeypatch.setattr(ort_engine, "_SLOTS", 16)
-    engine = OrtEngine(path, 1, LENGTH, threads=1)
+    engine = OrtEngine(path, 1, LENGTH, portable=True, threads=1)
     engine.prefill(0, PROMPT)
     first = engine.cache[0]
     zeros = (first[0, 0] == 0).all(-1)
@@ -203,13 +203,15 @@ def bundled(tmp_path_factory):
     return model, path
 
 
-def test_greedy_tokens_of_the_bundled_model_are_those_of_pytorch(bundled):
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "native"])
+def test_greedy_tokens_of_the_bundled_model_are_those_of_pytorch(bundled, portable):
     """Plain, and drafted from n-grams."""
     model, path = bundled
     prompt = [(7 * i * i + 3) % 4096 for i in range(12)]
     want = list(generate(model, prompt, 128, backend="eager"))
     assert len(want) == 128
-    engine = OrtEngine(path)
+    engine = OrtEngine(path, portable=portable)
+    assert engine.session.flavour == ("portable" if portable else "native")
     plain = [t for step in decode(engine, [prompt], 128) for t in step.tokens]
     policy = TreePolicy({1: 1.0, 64: 1.01}, [0.0])
     steps = list(decode(engine, [prompt], 128, drafters=lambda: [NGramDrafter()], policy=policy))
