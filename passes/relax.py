@@ -33,6 +33,7 @@ from blockffn_compile.passes.relax_emit import (
     row_sizes,
 )
 from blockffn_compile.passes.relax_ops import lower
+from blockffn_compile.passes.verification import log_results
 from blockffn_compile.passes.view import Value, strip
 
 log = logging.getLogger("blockffn_compile")
@@ -99,11 +100,7 @@ def rewrite(
 
     function = _Function(mod[name], inputs)
     results = _find(function)
-    for result in results:
-        if isinstance(result, BlockFFNMatch):
-            log.info("%s: rewritten: %s, scores: %s", result.name, result.spec, result.router)
-        else:
-            log.info("%s: declined: %s", result.name, result.reason)
+    log_results(results)
     panels: NewParams = {}
     emits = {m.output.value.source: layer(m) for m in results if isinstance(m, BlockFFNMatch)}
     mod = _replace(mod, name, emits, kernels, panels)
