@@ -17,7 +17,6 @@ from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
 from blockffn_compile.models.cache import StaticCache, TreeStep
-from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.schedules.tir.attention import cached_attention
 from blockffn_compile.schedules.tir.cache import store_entries
@@ -59,29 +58,28 @@ class _Head(nn.Module):
         return nn.functional.linear(features * self.scale, weight)
 
 
-def export(config: BlockFFNConfig, dtype: torch.dtype) -> tuple[tvm.IRModule, dict[str, str]]:
-    """The functions ``trunk`` and ``head`` of a model; no weight is touched.
+def export(model: BlockFFNForCausalLM) -> tuple[tvm.IRModule, dict[str, str]]:
+    """The functions ``trunk`` and ``head`` of a model; no weight is read.
 
     ``trunk(*STEP_INPUTS, keys 0, values 0, keys 1, ..., weights...)`` returns features [T, H] and
     writes the cache in place; ``head(features, weight)`` returns logits.  The number of tokens T,
     at most 64, that of texts and the length of the cache are symbolic.
 
     Args:
-        config: of the model.
-        dtype: of weights and cache.
+        model: in eval mode, on any device; on ``meta`` it takes no memory.
 
     Returns:
         The module, and the name of each weight in the model's state by that of its parameter.
-        ``model.rotary.cos`` and ``.sin`` are weights too.
+        Buffers are weights too: ``model.rotary.cos`` and ``.sin``.
 
     Raises:
         ValueError: attention heads have a size that the kernel does not take.
     """
-    with torch.device("meta"):
-        model = BlockFFNForCausalLM(config).to(dtype).eval().requires_grad_(False)
-        cache = StaticCache(config, 2, 3, dtype, torch.device("meta"))
+    config, weight = model.config, model.lm_head.weight
+    with weight.device:
+        cache = StaticCache(config, 2, 3, weight.dtype, weight.device)
         inputs = tuple(torch.zeros(5, dtype=torch.int64) for _ in STEP_INPUTS)
-        features = torch.zeros(5, config.hidden_size, dtype=dtype)
+        features = torch.zeros(5, config.hidden_size, dtype=weight.dtype)
     for name, dim in (("key", cache.keys[0].shape[3]), ("value", cache.values[0].shape[3])):
         if dim % LANES:
             raise ValueError(f"{name} heads of {dim}: bundles need a multiple of {LANES}")
@@ -96,7 +94,7 @@ def export(config: BlockFFNConfig, dtype: torch.dtype) -> tuple[tvm.IRModule, di
         (({0: few},) * len(inputs), (sizes,) * len(entries), dict.fromkeys(weights)),
         len(inputs) + len(entries),
     )
-    head = _relax(_Head(model), (features, model.lm_head.weight), ({0: many}, None), 1)
+    head = _relax(_Head(model), (features, weight), ({0: many}, None), 1)
     names = {f"weights_{name.replace('.', '_')}": f"model.{name}" for name in weights}
     tied = config.tie_word_embeddings
     names["weight"] = "model.embed_tokens.weight" if tied else "lm_head.weight"

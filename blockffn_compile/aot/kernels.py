@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import tvm
@@ -48,6 +48,11 @@ class CpuKernels:
 
 def pack(panels: Panels, weights: Sequence[Tensor]) -> Tensor:
     """Panels of stored weights, in the order of ``panels.weights``."""
+    return torch.cat([part.flatten() for part in parts(panels, weights)]).view(panels.shape)
+
+
+def parts(panels: Panels, weights: Sequence[Tensor], outputs: int = 1024) -> Iterator[Tensor]:
+    """The same as consecutive pieces, each of about so many outputs of one expert."""
     matrices = [
         unfold(
             weight,
@@ -57,4 +62,12 @@ def pack(panels: Panels, weights: Sequence[Tensor]) -> Tensor:
         )
         for stored, weight in zip(panels.weights, weights, strict=True)
     ]
-    return to_panels(torch.cat(matrices, dim=1), panels.panel)
+    total, dtype = sum(stored.outputs for stored in panels.weights), getattr(torch, panels.dtype)
+    step = -(-outputs // panels.panel) * panels.panel
+    for expert in range(panels.experts):
+        for start in range(0, total, step):
+            rows, first = [], 0
+            for matrix in matrices:
+                rows.append(matrix[expert, max(start - first, 0) : max(start + step - first, 0)])
+                first += matrix.shape[1]
+            yield to_panels(torch.cat(rows).to(dtype)[None], panels.panel)

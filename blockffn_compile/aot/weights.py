@@ -1,4 +1,4 @@
-"""Writing the weights of a bundle, one tensor in memory at a time."""
+"""Writing the weights of a bundle, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockffn_compile.aot.bundle import ALIGNMENT, DTYPES
-from blockffn_compile.aot.kernels import pack
+from blockffn_compile.aot.kernels import parts
 from blockffn_compile.passes.relax_emit import Panels
 
 #: Reads a weight of the model by its name.
@@ -40,10 +40,14 @@ class Weight:
     def nbytes(self) -> int:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
-    def make(self, read: Read) -> Tensor:
-        dtype = getattr(torch, self.dtype)
-        tensors = [read(name).to(dtype) for name in self.sources]
-        return tensors[0].contiguous() if self.panels is None else pack(self.panels, tensors)
+    def make(self, read: Read) -> Iterator[Tensor]:
+        """Its elements in order, in pieces."""
+        tensors = [read(name) for name in self.sources]
+        if self.panels is not None:
+            yield from parts(self.panels, tensors)
+        else:
+            for rows in tensors[0].split(1024):
+                yield rows.to(getattr(torch, self.dtype))
 
 
 def write(path: Path, weights: Mapping[str, Weight], read: Read) -> Iterator[int]:
@@ -76,10 +80,11 @@ def write(path: Path, weights: Mapping[str, Weight], read: Read) -> Iterator[int
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
             file.write(bytes(-file.tell() % ALIGNMENT))
-            tensor = weight.make(read)
-            assert tuple(tensor.shape) == weight.shape
-            tensor.view(-1).view(torch.uint8).numpy().tofile(file)
-            yield tensor.nbytes
+            start = file.tell()
+            for part in weight.make(read):
+                file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+            assert file.tell() == start + weight.nbytes
+            yield weight.nbytes
 
 
 def file_hash(path: Path) -> str:

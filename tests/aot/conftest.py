@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +18,16 @@ from tests.conftest import make_config
 @pytest.fixture(scope="package", autouse=True)
 def _quick(tmp_path_factory):
     """One export serves all builds; what loading remembers goes where it does not stay."""
+    known: dict[object, object] = {}
+
+    def once(model: BlockFFNForCausalLM) -> object:
+        key = model.config, model.lm_head.weight.dtype
+        if key not in known:
+            known[key] = export(model)
+        return known[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "export", functools.cache(export))
+        patch.setattr(compiler, "export", once)
         patch.setenv("BLOCKFFN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -1,0 +1,196 @@
+"""Bundles against ``torch.compile`` on the bundled model, and against TVM's stock pipeline.
+
+``python -m benchmarks.aot bundled``: decoding with a bundle and with the compiled engine, in one
+process, rounds interleaved; both must write the same tokens.
+
+``python -m benchmarks.aot stock [--layers N]``: one step of a model of the 1.2B shape with random
+weights and replayed routing, built by TVM's default pipeline with and without our pass.  Attention
+and cache writes are our kernels on both sides, for the stock importer has none; that favours the
+peer.  Layers are alike and the peer takes half a second for each, so two are run by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+from tvm import relax
+
+from benchmarks.first_light import medians, routing
+from benchmarks.scale import SMALLER, random_model
+from benchmarks.speculative import prompts, record
+from blockffn_compile.aot.bundle import load
+from blockffn_compile.aot.compiler import build
+from blockffn_compile.aot.export import STEP_INPUTS, export
+from blockffn_compile.aot.kernels import CpuKernels, pack
+from blockffn_compile.aot.targets import get_target
+from blockffn_compile.engines.engine import Engine
+from blockffn_compile.engines.torch_engine import TorchEngine
+from blockffn_compile.engines.tvm_engine import TvmEngine
+from blockffn_compile.layer import BlockFFN
+from blockffn_compile.models import bundled_path
+from blockffn_compile.models.checkpoint import load_model
+from blockffn_compile.passes.relax import rewrite
+from blockffn_compile.passes.relax_emit import Panels
+from blockffn_compile.speculative.loop import decode
+
+NEW, ROUNDS = 200, 7
+#: Active experts of one token of the published 1.2B model, and in the union of eight.
+PAIRS, UNION = 1 - 0.818, 1 - 0.728
+CONTEXT = 64
+
+
+# --- Against torch.compile ------------------------------------------------------------------------
+
+
+def write(engine: Engine, prompt: list[int]) -> tuple[list[int], float]:
+    """Greedy tokens, and milliseconds a token after the first."""
+    steps = decode(engine, [prompt], NEW)
+    tokens = list(next(steps).tokens)
+    start = time.perf_counter()
+    tokens += [token for step in steps for token in step.tokens]
+    return tokens, (time.perf_counter() - start) * 1e3 / (len(tokens) - 1)
+
+
+def bundled(console: Console) -> list[dict[str, Any]]:
+    records = []
+    tokenizer = Tokenizer.from_file(str(bundled_path() / "tokenizer.json"))
+    texts = prompts(tokenizer)["code, greedy"]
+    for dtype in (torch.float32, torch.bfloat16):
+        compiled = TorchEngine(load_model(bundled_path(), dtype=dtype), max_length=512)
+        list(compiled.warm_up((1,)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = build(bundled_path(), "native", Path(folder) / "bundle", dtype=dtype)
+            engines: dict[str, Engine] = {
+                "bundle": TvmEngine(load(path), max_length=512),
+                "torch.compile": compiled,
+            }
+            times: dict[str, list[float]] = {name: [] for name in engines}
+            same = True
+            for _ in range(ROUNDS):
+                for text in texts:
+                    written = {}
+                    for name, engine in engines.items():
+                        written[name], ms = write(engine, text)
+                        times[name].append(ms)
+                    same &= written["bundle"] == written["torch.compile"]
+            name = f"decoding the bundled model, {str(dtype).removeprefix('torch.')}"
+            ours, theirs = (statistics.median(times[name]) for name in engines)
+            records.append(record(name, "bundle", "torch.compile", ours, theirs, same))
+    return records
+
+
+# --- Against TVM's stock pipeline -----------------------------------------------------------------
+
+
+class Replayed(nn.Module):
+    """The router's product, with the zeros of a trace instead of its own.
+
+    The first token's experts have the published density of one token, those of the first eight
+    together that of eight.
+    """
+
+    trace: Tensor
+
+    def __init__(self, weight: nn.Parameter, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("trace", routing(8, UNION, PAIRS, generator, len(weight)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight).abs() * self.trace[: len(x)]
+
+
+def machine(mod: tvm.IRModule) -> relax.VirtualMachine:
+    target = get_target("native").tvm
+    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+        pipeline = relax.get_default_pipeline(target)
+        executable = relax.build(mod, target, relax_pipeline=pipeline)
+    return relax.VirtualMachine(executable, tvm.cpu())
+
+
+def stock(layers: int, console: Console) -> list[dict[str, Any]]:
+    model = random_model(dataclasses.replace(SMALLER, num_hidden_layers=layers))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, BlockFFN):
+            module.router_proj = Replayed(module.router_proj.weight, generator)  # type: ignore
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    with console.status("exporting and compiling"):
+        mod, names = export(model)
+        ours, done = rewrite(mod, "trunk", CpuKernels(*get_target("native").tile))
+        machines = {"bundle's pass": machine(ours), "TVM's default pipeline": machine(mod)}
+
+    def weights(module: tvm.IRModule, panels: dict[str, Panels]) -> list[Any]:
+        params = list(module["trunk"].params)[len(STEP_INPUTS) + 2 * layers :]
+        made = (
+            pack(panels[p.name], [state[names[w.name]] for w in panels[p.name].weights])
+            if p.name in panels
+            else state[names[p.name]].contiguous()
+            for p in params
+        )
+        return [tvm.runtime.from_dlpack(tensor.detach()) for tensor in made]
+
+    held = {"bundle's pass": weights(ours, done.panels), "TVM's default pipeline": weights(mod, {})}
+    heads, key_dim, value_dim = model.config.cache_sizes
+    cache = [
+        tvm.runtime.from_dlpack(torch.zeros(1, heads, CONTEXT + 8, dim, dtype=torch.bfloat16))
+        for _ in range(layers)
+        for dim in (key_dim, value_dim)
+    ]
+    records = []
+    for tokens in (1, 8):
+        places = torch.arange(tokens)
+        columns = (places, places + CONTEXT, places * 0, places * 0 + CONTEXT, places + CONTEXT)
+        ancestors = (2 << places) - 1
+        inputs = [tvm.runtime.from_dlpack(t.contiguous()) for t in (*columns, ancestors)]
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(vm["trunk"], *inputs, *cache, *held[name])
+            for name, vm in machines.items()
+        }
+        with torch.no_grad():
+            results = [from_dlpack(call()).float() for call in calls.values()]
+        gate = bool((results[0] - results[1]).norm() <= 0.02 * results[1].norm())
+        times = medians(calls, 5, console)
+        subject, peer = times
+        name = f"{layers} layers of the 1.2B shape, {tokens} tokens"
+        records.append(record(name, subject, peer, times[subject], times[peer], gate))
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("part", choices=("bundled", "stock"))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TVM_NUM_THREADS", str(torch.get_num_threads()))
+    console = Console()
+    records = bundled(console) if options.part == "bundled" else stock(options.layers, console)
+    table = Table("work", "subject", "ms", "peer", "ms", "ratio", "gate")
+    for r in records:
+        numbers = (f"{r['subject_ms']:.3f}", r["peer"], f"{r['peer_ms']:.3f}", f"{r['ratio']:.2f}")
+        table.add_row(r["work"], r["subject"], *numbers, "passed" if r["gate"] else "FAILED")
+    console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
