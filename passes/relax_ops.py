@@ -117,9 +117,7 @@ class _Lowering:
     def type(self, expr: relax.Expr) -> tuple[tuple[Size, ...], str]:
         """Sizes and element type of a tensor; nothing for anything else."""
         known = expr.ty
-        if not isinstance(known, relax.TensorType) or known.shape is None:
-            return (), ""
-        if not isinstance(known.shape, relax.ShapeExpr):
+        if not _is_shaped(expr):
             return (), ""
         return tuple(map(self.size, known.shape.values)), str(known.dtype.dtype)
 
@@ -154,7 +152,10 @@ class _Lowering:
     def lower(self, binding: relax.Binding) -> None:
         expr, var = binding.value, binding.var
         if isinstance(binding, relax.MatchCast) or isinstance(expr, relax.Var | ir.GenericConst):
-            self.of[var] = self.operand(expr)  # the same tensor under another name
+            if _is_shaped(expr):
+                self.of[var] = self.operand(expr)  # the same tensor under another name
+            else:
+                self.bind(var, "other", self.operands(expr), {}, "relax.match_cast")
             return
         recipe: Recipe | None = None
         name = type(expr).__name__
@@ -165,10 +166,15 @@ class _Lowering:
                 recipe = ("slice", producer.inputs, {})
         elif isinstance(expr, relax.Call):
             name = expr.op.name if isinstance(expr.op, ir.Op) else "a call"
-            if name in _RULES and isinstance(var.ty, relax.TensorType):
+            if name in _RULES and all(map(_is_shaped, (var, *inputs_of(expr)))):
                 recipe = _RULES[name](self, expr)
         op, inputs, attrs = recipe or ("other", self.operands(*inputs_of(expr)), {})
         self.bind(var, op, inputs, attrs, name)
+
+
+def _is_shaped(expr: relax.Expr) -> bool:
+    """Whether it is a tensor of known sizes; some operators' results have none."""
+    return isinstance(expr.ty, relax.TensorType) and isinstance(expr.ty.shape, relax.ShapeExpr)
 
 
 def _axes(axes: Any, rank: int) -> tuple[int, ...]:

@@ -447,3 +447,22 @@ def test_what_is_written_in_place_is_not_read_later():
         builder.emit_func_output(result)
     _, done = rewrite(builder.get(), "main", KERNELS)
     assert "written in place" in reason(done)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_tensors_of_unknown_sizes(cast):
+    """Nothing can be said of what is computed from them, until their sizes are asserted."""
+    builder, params = relax.BlockBuilder(), parameters()
+    known, router, _, up, down = params
+    unknown = relax.Var("unknown", relax.TensorType(None, "float32", ndim=2))
+    with builder.function("main", [unknown, *params[1:]], attrs={"num_input": 1}):
+        with builder.dataflow():
+            x = builder.match_cast(unknown, known.ty) if cast else unknown
+            scores = builder.emit(relax.op.nn.relu(relax.op.matmul(x, router)))
+            mid = builder.emit(relax.op.nn.silu(relax.op.matmul(x, relax.op.reshape(up, (H, -1)))))
+            if cast:
+                mid = builder.emit(relax.op.nn.silu(relax.op.einsum((x, up), "th,esh->tes")))
+                mid = builder.emit(relax.op.einsum((scores, mid, down), "te,tes,ehs->th"))
+            result = builder.emit_output(mid)
+        builder.emit_func_output(result)
+    assert [isinstance(r, BlockFFNMatch) for r in find(builder.get()["main"])] == [True] * cast
