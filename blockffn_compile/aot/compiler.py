@@ -101,6 +101,7 @@ def build(
         _compile(mod, kind, made / bundle.CODE)
         weights = functions["trunk"] | functions["head"]
         total, written = sum(weight.nbytes for weight in weights.values()), 0
+        progress("packing", written, total)
         for size in write(made / bundle.WEIGHTS, weights, _with_rotary(config, read)):
             written += size
             progress("packing", written, total)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,3 +101,34 @@ def test_a_linker_that_is_missing(model, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"no linker for arm64 \(aarch64-linux-gnu-g\+\+\)"):
         build(model, "arm64", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from blockffn_compile.aot import build
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def progress(stage, done, total):
+    global before
+    if stage == "packing" and not done:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = status("VmRSS")
+
+build(sys.argv[1], "native", sys.argv[2], progress=progress)
+print(status("VmHWM") - before)
+"""
+
+
+def test_weights_are_never_in_memory_together(make_model, tmp_path):
+    """Packing a checkpoint of four large tensors needs room for about one."""
+    changes = {"hidden_size": 512, "num_experts": 256, "expert_size": 64}
+    save_model(make_model(make_config("gqa", **changes)), tmp_path / "checkpoint")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    size = (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
+    assert size > 128e6
+    assert grown < 0.6 * size
