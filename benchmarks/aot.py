@@ -39,7 +39,7 @@ from benchmarks.first_light import medians, routing
 from benchmarks.scale import SMALLER, random_model
 from benchmarks.speculative import prompts, record
 from blockffn_compile.aot.bundle import load
-from blockffn_compile.aot.compiler import build
+from blockffn_compile.aot.compiler import build, executable
 from blockffn_compile.aot.export import STEP_INPUTS, export
 from blockffn_compile.aot.kernels import CpuKernels, pack
 from blockffn_compile.aot.targets import get_target
@@ -143,11 +143,7 @@ class Replayed(nn.Module):
 
 
 def machine(mod: tvm.IRModule) -> relax.VirtualMachine:
-    target = get_target("native").tvm
-    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
-        pipeline = relax.get_default_pipeline(target)
-        executable = relax.build(mod, target, relax_pipeline=pipeline)
-    return relax.VirtualMachine(executable, tvm.cpu())
+    return relax.VirtualMachine(executable(mod, get_target("native").tvm), tvm.cpu())
 
 
 def stock(layers: int, console: Console) -> list[dict[str, Any]]:

@@ -145,15 +145,6 @@ def _amax(node: fx.Node, importer: Any) -> relax.Var:
     )
 
 
-def _pow(node: fx.Node, importer: Any) -> relax.Var:
-    """A square is a product: the power function costs a hundred times as much."""
-    args: Any = node.args
-    x, exponent = importer.env[args[0]], args[1]
-    if exponent == 2:
-        return importer.block_builder.emit(relax.op.multiply(x, x))
-    return importer.block_builder.emit(relax.op.power(x, relax.const(exponent, x.ty.dtype)))
-
-
 def _index_put(node: fx.Node, importer: Any) -> relax.Var:
     """``cache[rows, :, slots] = new``, in the caller's memory."""
     args: Any = node.args
@@ -188,7 +179,6 @@ CONVERTERS: dict[str, Converter] = {
     "mm.default": _matmul,
     "bmm.default": _matmul,
     "amax.default": _amax,
-    "pow.Tensor_Scalar": _pow,
     "index_put.default": _index_put,
     "cached_attention.default": _attention,
 }
