@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.first_light import medians
+from benchmarks.speculative import record
 from blockffn_compile.onnx import build_library
 from blockffn_compile.passes.onnx_function import DOMAIN, NAME, function
 
@@ -166,22 +167,10 @@ def main() -> None:
         )
         pairs = float((inputs["scores_0"] != 0).mean())
         union = float((inputs["scores_0"] != 0).any(0).mean())
+        facts = {"shape": [HIDDEN, SIZE, EXPERTS], "tokens": tokens, "dtype": "float32",
+                 "pair_density": pairs, "union_density": union}  # fmt: skip
         records += [
-            {
-                "work": "onnx_ffn",
-                "shape": [HIDDEN, SIZE, EXPERTS],
-                "tokens": tokens,
-                "dtype": "float32",
-                "pair_density": pairs,
-                "union_density": union,
-                "subject": name,
-                "peer": "dense",
-                "subject_ms": ms[name],
-                "peer_ms": ms["dense"],
-                "ratio": ratio,
-                "gate": True,
-            }
-            for name, ratio in ratios.items()
+            record("onnx_ffn", name, "dense", ms[name], ms["dense"]) | facts for name in ratios
         ]
     console.print(table)
     if options.json:

@@ -93,11 +93,8 @@ class Recorder(Always):
     """Notes every tree of 64 nodes and its accepted path."""
 
     def __init__(self) -> None:
-        super().__init__({1: 1.0, 64: 1.0}, [0.0])
+        super().__init__(64)
         self.steps: list[dict[str, Any]] = []
-
-    def choose(self) -> Choice:
-        return Choice(0, 64, False)
 
     def update(self, choice: Choice, tree: DraftTree, path: Sequence[int], *ms: Any) -> None:
         if len(tree) == 64:
@@ -287,13 +284,6 @@ def ours() -> dict[str, float]:
     }
 
 
-class Four(Always):
-    """Verifies four nodes in every step."""
-
-    def choose(self) -> Choice:
-        return Choice(0, 4, False)
-
-
 def overhead() -> dict[str, float]:
     """Share of the loop's time outside the engine and proposals, plain and with n-grams."""
     engine = TorchEngine(random_model(SMALLER), max_length=2 * CONTEXT)
@@ -303,7 +293,7 @@ def overhead() -> dict[str, float]:
         "plain": {},
         "n-grams": {
             "drafters": lambda: [NGramDrafter()],
-            "policy": Four({1: 1.0, 4: 1.0}, [0.0]),
+            "policy": Always(4),
         },
     }
     for name, options in ways.items():

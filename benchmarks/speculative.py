@@ -62,10 +62,14 @@ def prompts(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
 
 
 class Always(TreePolicy):
-    """Verifies the most probable 16 nodes of every draft."""
+    """Verifies the most probable nodes of every draft, as many as it is told."""
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__({1: 1.0, 64: 1.0}, [0.0])
+        self._nodes = nodes
 
     def choose(self) -> Choice:
-        return Choice(0, 16, False)
+        return Choice(0, self._nodes, False)
 
     def trim(self, choice: Choice, tree: DraftTree) -> DraftTree:
         return tree
@@ -152,7 +156,7 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
                 )
         console.print(table)
     if head:
-        subjects["eagle"]._policies[1] = Always({1: 1.0, 64: 1.0}, [0.0])
+        subjects["eagle"]._policies[1] = Always(16)
         for work, texts in prompts(tokenizer).items():
             sampler = Sampler(0.0 if "greedy" in work else 1.0, seed=0)
             done = [
