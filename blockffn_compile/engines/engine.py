@@ -26,6 +26,16 @@ class Output(NamedTuple):
     features: Tensor | None
 
 
+def divide(trees: Mapping[int, DraftTree], logits: Tensor, features: Tensor) -> dict[int, Output]:
+    """The part of each tree, by row; their nodes lie one tree after another."""
+    outputs, first = {}, 0
+    for row, tree in trees.items():
+        end = first + len(tree)
+        outputs[row] = Output(logits[first:end], features[first:end])
+        first = end
+    return outputs
+
+
 class Engine(Protocol):
     """A model with a cache for several texts, each at a row of its own.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockffn_compile.engines.compiled import capture, compile_once
-from blockffn_compile.engines.engine import BUCKETS, Output
+from blockffn_compile.engines.engine import BUCKETS, Output, divide
 from blockffn_compile.engines.texts import Texts
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
@@ -114,12 +114,7 @@ class TorchEngine:
             step = compile_once(_step, (self.model, self.cache), table)
             self._steps[bucket] = capture(step, [table]) if table.is_cuda else step
         logits, features = self._steps[bucket](table)
-        outputs, first = {}, 0
-        for row, tree in trees.items():
-            end = first + len(tree)
-            outputs[row] = Output(logits[first:end], features[first:end])
-            first = end
-        return outputs
+        return divide(trees, logits, features)
 
     @torch.no_grad()
     def commit(self, row: int, path: Sequence[int]) -> None:

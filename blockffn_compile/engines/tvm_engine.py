@@ -9,7 +9,7 @@ from torch.utils.dlpack import from_dlpack
 
 from blockffn_compile.aot.bundle import Bundle
 from blockffn_compile.aot.session import Session
-from blockffn_compile.engines.engine import Output
+from blockffn_compile.engines.engine import Output, divide
 from blockffn_compile.engines.texts import Texts
 from blockffn_compile.speculative.tree import DraftTree
 
@@ -49,13 +49,8 @@ class TvmEngine:
         """See :class:`~blockffn_compile.engines.engine.Engine`."""
         places = self._texts.verify(trees, self.session.bundle.manifest.max_tokens)
         features = self.session.trunk(places)
-        logits = from_dlpack(self.session.head(features))
-        values, outputs, first = from_dlpack(features), {}, 0
-        for row, tree in trees.items():
-            end = first + len(tree)
-            outputs[row] = Output(logits[first:end], values[first:end])
-            first = end
-        return outputs
+        logits = self.session.head(features)
+        return divide(trees, from_dlpack(logits), from_dlpack(features))
 
     def commit(self, row: int, path: Sequence[int]) -> None:
         """See :class:`~blockffn_compile.engines.engine.Engine`."""
