@@ -29,14 +29,13 @@ from blockffn_compile.passes import linears
 from blockffn_compile.passes.aten import METADATA_ASSERTION, lower, size_token
 from blockffn_compile.passes.emitter import Emitter
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
-from blockffn_compile.passes.verification import check_error, log_results
+from blockffn_compile.passes.verification import SIZES, check_error, log_results, placeable
 from blockffn_compile.passes.view import Size, Value, ancestors
 
 aten = torch.ops.aten
 
 GRADIENTS = "gradients are needed; run it under torch.no_grad() or torch.inference_mode()"
 WRITES = "tensors are written in place before it; functionalise the graph first"
-SIZES = "the token axes of the output are symbolic and cannot be read off those of the input"
 
 
 def find(graph: fx.Graph) -> list[Result]:
@@ -58,7 +57,7 @@ def find(graph: fx.Graph) -> list[Result]:
             results[i] = Declined(result.name, GRADIENTS)
         elif result.output.value.source in spoiled:
             results[i] = Declined(result.name, WRITES)
-        elif not _placeable(result):
+        elif not placeable(result):
             results[i] = Declined(result.name, SIZES)
     return results
 
@@ -254,12 +253,6 @@ class _LayerEmitter(Emitter):
             size if isinstance(size, int) else self.call(aten.sym_size.int, x, shape.index(size))
             for size in sizes
         ]
-
-
-def _placeable(match: BlockFFNMatch) -> bool:
-    """Whether :meth:`_LayerEmitter.sizes` can tell the shape of the output."""
-    symbolic = [size for size in match.output.value.shape if not isinstance(size, int)]
-    return len(symbolic) <= 1 or set(symbolic) <= set(match.x.value.shape)
 
 
 def _share_sizes(graph: fx.Graph) -> None:

@@ -18,11 +18,10 @@ from onnx_ir.tape import Tape
 from blockffn_compile.passes.onnx_function import DOMAIN, MIN_OPSET, NAME, VERSION, function
 from blockffn_compile.passes.onnx_ops import lower
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
-from blockffn_compile.passes.verification import check_error, log_results
+from blockffn_compile.passes.verification import SIZES, check_error, log_results, placeable
 from blockffn_compile.passes.view import Size, Value
 
 INPUTS = "weights are inputs of the graph; store them as initializers"
-SIZES = "the token axes of the output are symbolic and cannot be read off those of the input"
 
 _TYPES = {
     "float32": ir.DataType.FLOAT,
@@ -47,7 +46,7 @@ def find(model: ir.Model) -> list[Result]:
             results[i] = Declined(result.name, reason)
         elif any(weight.op != "constant" for weight in _weights(result)):
             results[i] = Declined(result.name, INPUTS)
-        elif not _placeable(result):
+        elif not placeable(result):
             results[i] = Declined(result.name, SIZES)
     return results
 
@@ -108,12 +107,6 @@ def _opset(model: ir.Model) -> int:
 def _weights(match: BlockFFNMatch) -> list[Value]:
     """In the order of the operator's inputs."""
     return [w for w in (match.w_up, match.w_down, match.w_gate) if w is not None]
-
-
-def _placeable(match: BlockFFNMatch) -> bool:
-    """Whether :meth:`_Emitter.sizes` can tell the shape of the output."""
-    symbolic = [size for size in match.output.value.shape if not isinstance(size, int)]
-    return len(symbolic) <= 1 or set(symbolic) <= set(match.x.value.shape)
 
 
 # --- Emission -------------------------------------------------------------------------------------

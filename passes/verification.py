@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Result
 
+#: Why a layer that :func:`placeable` refuses is declined.
+SIZES = "the token axes of the output are symbolic and cannot be read off those of the input"
+
 log = logging.getLogger("blockffn_compile")
 
 #: Largest error of a verified rewrite, relative to the largest output, by element type.
@@ -15,6 +18,12 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 class VerificationError(RuntimeError):
     """A rewritten layer computes something else than the original one."""
+
+
+def placeable(match: BlockFFNMatch) -> bool:
+    """Whether the shape of the output can be told: all its sizes but one, or from those of x."""
+    symbolic = [size for size in match.output.value.shape if not isinstance(size, int)]
+    return len(symbolic) <= 1 or set(symbolic) <= set(match.x.value.shape)
 
 
 def log_results(results: Iterable[Result]) -> None:
