@@ -316,11 +316,15 @@ def _check_file(file: Path, size: int | None) -> int:
     return status.st_size
 
 
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def check_hash(file: Path, digest: str) -> None:
     """Raises BundleError where the SHA-256 of a file is another one."""
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != digest:
+    if file_hash(file) != digest:
         raise BundleError(
             f"{file}: damaged or of another bundle: its SHA-256 is not the manifest's"
         )

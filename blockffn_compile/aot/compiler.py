@@ -19,7 +19,7 @@ from blockffn_compile.aot import bundle
 from blockffn_compile.aot.export import STEP_INPUTS, export
 from blockffn_compile.aot.kernels import CpuKernels
 from blockffn_compile.aot.targets import Target, get_target
-from blockffn_compile.aot.weights import Read, Weight, file_hash, write
+from blockffn_compile.aot.weights import Read, Weight, write
 from blockffn_compile.models.checkpoint import open_checkpoint
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM, RotaryEmbedding
@@ -229,5 +229,5 @@ def _manifest(
             **{name: importlib.metadata.version(name) for name in packages},
         },
         sizes={file.name: file.stat().st_size for file in files},
-        sha256={file.name: file_hash(file) for file in files},
+        sha256={file.name: bundle.file_hash(file) for file in files},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -85,9 +84,3 @@ def write(path: Path, weights: Mapping[str, Weight], read: Read) -> Iterator[int
                 file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
             assert file.tell() == start + weight.nbytes
             yield weight.nbytes
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

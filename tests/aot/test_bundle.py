@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import blockffn_compile.aot.bundle as bundles
-from blockffn_compile.aot.bundle import BundleError, Manifest, load, read_header, read_manifest
+from blockffn_compile.aot.bundle import (
+    BundleError,
+    Manifest,
+    file_hash,
+    load,
+    read_header,
+    read_manifest,
+)
 from blockffn_compile.aot.machine import cpu_features, instruction_sets
-from blockffn_compile.aot.weights import file_hash
 
 
 @pytest.fixture
