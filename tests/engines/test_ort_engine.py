@@ -16,7 +16,7 @@ from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
 from blockffn_compile.speculative.policy import TreePolicy
 from blockffn_compile.speculative.tree import DraftTree
-from tests.engines.test_torch_engine import chain, path_to, random_tree, tree
+from tests.engines.contract import chain, path_to, random_tree, tree
 from tests.onnx.test_files import make_model
 
 ROWS, LENGTH = 3, 100

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +15,17 @@ from blockffn_compile.engines.engine import BUCKETS
 from blockffn_compile.engines.torch_engine import TorchEngine
 from blockffn_compile.speculative.tree import DraftTree
 from tests.conftest import make_config
+from tests.engines.contract import (
+    LENGTH,
+    PROMPT,
+    ROWS,
+    BitsOfPlainDecoding,
+    chain,
+    equal,
+    plain,
+    random_tree,
+    tree,
+)
 
 #: Of the difference to the eager model, relative to the norm.  Both differ from fp64 by as much:
 #: random weights amplify rounding.
@@ -27,8 +37,6 @@ MODELS = {
     ),
     "no attention kernel": make_config("mla", num_hidden_layers=1),
 }
-ROWS, LENGTH = 2, 100
-PROMPT = [5, 17, 3, 250, 17, 99, 4, 61, 12]
 
 
 @pytest.fixture(
@@ -56,56 +64,20 @@ def make_engine(make_model, name, dtype, buckets: Sequence[int] = BUCKETS) -> To
     return engine
 
 
-def tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:
-    depth = [0.0]
-    for parent in parents[1:]:
-        depth.append(depth[parent] - 1)
-    return DraftTree(
-        np.array(tokens, np.int64), np.array(parents, np.int64), np.array(depth, np.float32)
-    )
-
-
-def chain(tokens: Sequence[int]) -> DraftTree:
-    return tree(tokens, range(-1, len(tokens) - 1))
-
-
-def random_tree(size: int, seed: int) -> DraftTree:
-    """Its first child is that of the root, its last one lies deep; siblings never share a token."""
-    rng = np.random.default_rng(seed)
-    parents = [-1, *(int(rng.integers(max(0, i - 4), i)) for i in range(1, size))]
-    return tree([int(t) for t in rng.permutation(300)[:size]], parents)
-
-
-def path_to(drafts: DraftTree, node: int) -> list[int]:
-    path = [node]
-    while path[0]:
-        path.insert(0, int(drafts.parents[path[0]]))
-    return path
-
-
 def entries(engine: TorchEngine, row: int, start: int = 0, end: int | None = None) -> list[Tensor]:
     """Copies of the cache at some slots, up to the text's end."""
     end = engine.length(row) if end is None else end
     return [t[row, :, start:end].clone() for t in (*engine.cache.keys, *engine.cache.values)]
 
 
+class TestBits(BitsOfPlainDecoding):
+    entries = staticmethod(entries)
+
+
 def close(got: Tensor, want: Tensor) -> bool:
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     return bool((got - want).norm() <= LIMITS[want.dtype] * want.norm())
-
-
-def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def plain(engine: TorchEngine, row: int, tokens: Sequence[int]) -> list[Tensor]:
-    """Decodes given tokens one by one: the logits after each."""
-    logits = []
-    for token in tokens:
-        logits.append(engine.verify({row: DraftTree.root(token)})[row].logits[0].clone())
-        engine.commit(row, [0])
-    return logits
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -152,42 +124,6 @@ def test_a_chain_has_the_bits_of_plain_decoding_in_every_bucket(engine):
         assert equal(entries(engine, 0, 0, past + size), want), size
 
 
-@pytest.mark.parametrize("size", [2, 6, 8, 23, 64])
-def test_every_node_of_a_tree_has_the_bits_of_plain_decoding(engine, size):
-    """Alone, and in one pass with the tree of another row."""
-    drafts = random_tree(size, seed=size)
-    engine.prefill(0, PROMPT)
-    logits = engine.verify({0: drafts})[0].logits.clone()
-    if size < 64:
-        engine.prefill(1, PROMPT[:4])
-        other = random_tree(min(20, 64 - size), seed=1)
-        for trees in ({0: drafts, 1: other}, {1: other, 0: drafts}):
-            assert torch.equal(engine.verify(trees)[0].logits, logits)
-    for node in {1, size // 2, size - 1}:
-        path = path_to(drafts, node)
-        engine.prefill(0, PROMPT)
-        want = plain(engine, 0, drafts.tokens[path].tolist())
-        assert torch.equal(logits[path], torch.stack(want)), node
-
-
-def test_commits_keep_what_plain_decoding_would_have_stored(engine):
-    """Paths that are not side by side, prefixes of them, and the root alone, one after another."""
-    engine.prefill(0, PROMPT)
-    text = list[int]()
-    drafts = tree([9, 1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 2, 4, 4])
-    for path in ([0, 2, 4, 6], [0], [0, 2], [0, 1, 3], [0, 2, 4, 5]):
-        engine.verify({0: drafts})
-        engine.commit(0, path)
-        text += drafts.tokens[path].tolist()
-        assert engine.length(0) == len(PROMPT) + len(text)
-    stored = entries(engine, 0)
-    after = engine.verify({0: DraftTree.root(77)})[0].logits.clone()
-    engine.prefill(0, PROMPT)
-    plain(engine, 0, text)
-    assert equal(entries(engine, 0), stored)
-    assert torch.equal(engine.verify({0: DraftTree.root(77)})[0].logits, after)
-
-
 def test_what_is_not_committed_leaves_no_trace(engine):
     engine.prefill(0, PROMPT)
     engine.prefill(1, PROMPT[:2])
@@ -221,15 +157,6 @@ def test_the_context_is_used_to_its_end(engine):
     with pytest.raises(ValueError, match=f"1 nodes behind {LENGTH} tokens"):
         engine.verify({0: DraftTree.root(0)})
     assert close(engine.prefill(0, tokens).logits, want[-1:])
-
-
-def test_results_of_a_step_survive_the_next(engine):
-    """The buffers of a compiled graph are not handed out twice."""
-    engine.prefill(0, PROMPT)
-    first = engine.verify({0: chain([1, 2])})[0]
-    kept = first.logits.clone(), first.features.clone()
-    engine.verify({0: chain([3, 4])})
-    assert equal((first.logits, first.features), kept)
 
 
 # --- Compilation ----------------------------------------------------------------------------------

@@ -17,18 +17,8 @@ from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
 from blockffn_compile.speculative.policy import TreePolicy
 from blockffn_compile.speculative.tree import DraftTree
-from tests.engines.test_torch_engine import (
-    LENGTH,
-    MODELS,
-    PROMPT,
-    ROWS,
-    chain,
-    equal,
-    path_to,
-    plain,
-    random_tree,
-    tree,
-)
+from tests.engines.contract import LENGTH, PROMPT, ROWS, BitsOfPlainDecoding, chain, equal, plain
+from tests.engines.test_torch_engine import MODELS
 
 
 @pytest.fixture(
@@ -54,6 +44,10 @@ def entries(engine: TvmEngine, row: int, start: int = 0, end: int | None = None)
     end = engine.length(row) if end is None else end
     caches = [from_dlpack(t).view(torch.uint8) for t in engine.session.cache]
     return [t[row, :, start:end].clone() for t in caches]
+
+
+class TestBits(BitsOfPlainDecoding):
+    entries = staticmethod(entries)
 
 
 def test_error_is_within_eager(pair):
@@ -100,53 +94,6 @@ def test_a_prompt_has_the_bits_of_plain_decoding(engine):
         assert output.features.shape[0] == size
         assert torch.equal(output.logits[0], logits[size - 2])
         assert equal(entries(engine, 0), [t[:, :size] for t in stored])
-
-
-@pytest.mark.parametrize("size", [2, 6, 23, 64])
-def test_every_node_of_a_tree_has_the_bits_of_plain_decoding(engine, size):
-    """Alone, and in one pass with the tree of another row."""
-    drafts = random_tree(size, seed=size)
-    engine.prefill(0, PROMPT)
-    logits = engine.verify({0: drafts})[0].logits.clone()
-    if size < 64:
-        engine.prefill(1, PROMPT[:4])
-        other = random_tree(min(20, 64 - size), seed=1)
-        for trees in ({0: drafts, 1: other}, {1: other, 0: drafts}):
-            assert torch.equal(engine.verify(trees)[0].logits, logits)
-    for node in {1, size // 2, size - 1}:
-        path = path_to(drafts, node)
-        engine.prefill(0, PROMPT)
-        want = plain(engine, 0, drafts.tokens[path].tolist())
-        assert torch.equal(logits[path], torch.stack(want)), node
-
-
-def test_commits_keep_what_plain_decoding_would_have_stored(engine):
-    """Paths that are not side by side, prefixes of them, and the root alone, one after another."""
-    engine.prefill(0, PROMPT)
-    engine.prefill(1, PROMPT)
-    other = entries(engine, 1, 0, LENGTH)
-    text = list[int]()
-    drafts = tree([9, 1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 2, 4, 4])
-    for path in ([0, 2, 4, 6], [0], [0, 2], [0, 1, 3], [0, 2, 4, 5]):
-        engine.verify({0: drafts})
-        engine.commit(0, path)
-        text += drafts.tokens[path].tolist()
-        assert engine.length(0) == len(PROMPT) + len(text)
-    stored = entries(engine, 0)
-    after = engine.verify({0: DraftTree.root(77)})[0].logits.clone()
-    assert equal(entries(engine, 1, 0, LENGTH), other)
-    engine.prefill(0, PROMPT)
-    plain(engine, 0, text)
-    assert equal(entries(engine, 0), stored)
-    assert torch.equal(engine.verify({0: DraftTree.root(77)})[0].logits, after)
-
-
-def test_results_of_a_step_survive_the_next(engine):
-    engine.prefill(0, PROMPT)
-    first = engine.verify({0: chain([1, 2])})[0]
-    kept = first.logits.clone(), first.features.clone()
-    engine.verify({0: chain([3, 4])})
-    assert equal((first.logits, first.features), kept)
 
 
 def test_the_context_is_used_to_its_end(engine):
