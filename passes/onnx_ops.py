@@ -435,8 +435,9 @@ def _reduction(at: _Lowering, node: ir.Node) -> None:
     if axes is None or (not axes and node.attributes.get_int("noop_with_empty_axes", False)):
         return
     rank = len(x.shape)
-    axes = tuple(axis % rank for axis in axes or range(rank))
-    at.new(node, _REDUCTIONS[node.op_type], (x,), axes=axes)
+    if all(-rank <= axis < rank for axis in axes):
+        axes = tuple(axis % rank for axis in axes or range(rank))
+        at.new(node, _REDUCTIONS[node.op_type], (x,), axes=axes)
 
 
 @_rule("Softmax")

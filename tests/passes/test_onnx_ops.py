@@ -120,12 +120,15 @@ def test_rules_say_what_operators_compute(name):
         "Pow (a, a)",
         "Mean (a, a)",
         "CumSum (a, i)",
+        "ReduceSum (a, j)",
+        "ReduceSum (i, j)",
     ],
 )
 def test_what_is_not_known_is_opaque(node):
     proto = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["": 20]> g (float[3, 4] a, float[4, 5] b, float[5] c, '
-        f"float[3, 3] q) => (float z) {{ i = Constant <value_int = 0> () z = {node} }}"
+        f"float[3, 3] q) => (float z) {{ i = Constant <value_int = 0> () "
+        f"j = Constant <value_ints = [2]> () z = {node} }}"
     )
     proto.graph.output[0].type.tensor_type.ClearField("shape")
     (output,) = lower(ir.serde.deserialize_model(proto))[-1].inputs
