@@ -112,7 +112,7 @@ def record_trace(temperature: float, console: Console) -> None:
     recorder = Recorder()
     generator._policies[1] = recorder
     for text in prompts(tokenizer)["code, greedy"]:
-        write(generator, text, Sampler(temperature, seed=0))
+        write({"eagle": generator}, text, Sampler(temperature, seed=0))
     lines = ",\n".join(json.dumps(step, separators=(",", ":")) for step in recorder.steps)
     TRACE.write_text(f"[\n{lines}\n]\n")
     mean = statistics.mean(len(accepted(best_nodes(tree, 32))) for tree in trace())

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,26 @@ class Always(TreePolicy):
         return tree
 
 
-def write(generator: Generator, text: list[int], sampler: Sampler) -> tuple[list[Step], float]:
-    """The steps after the prompt's, and their milliseconds."""
-    steps = generator([text], NEW, sampler=sampler)
-    first = next(steps)
-    start = time.perf_counter()
-    rest = list(steps)
-    return [first, *rest], (time.perf_counter() - start) * 1e3
+def write(
+    generators: Mapping[str, Generator], text: list[int], sampler: Sampler
+) -> dict[str, tuple[list[Step], float]]:
+    """All steps of each generator, and the milliseconds of those after the first.
+
+    They take their steps in turn, so that whatever else the machine does falls on all alike.
+    """
+    running = {name: g([text], NEW, sampler=sampler) for name, g in generators.items()}
+    steps = {name: [next(running[name])] for name in running}
+    ms = dict.fromkeys(running, 0.0)
+    while running:
+        for name, going in list(running.items()):
+            start = time.perf_counter()
+            step = next(going, None)
+            ms[name] += (time.perf_counter() - start) * 1e3
+            if step is None:
+                del running[name]
+            else:
+                steps[name].append(step)
+    return {name: (steps[name], ms[name]) for name in steps}
 
 
 def interval(peer_ms: list[float], ms: list[float]) -> tuple[float, float]:
@@ -120,8 +134,7 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
         steps: dict[str, list[Step]] = {name: [] for name in subjects}
         for text in texts * ROUNDS:
             expected = None
-            for name, generator in subjects.items():
-                done, taken = write(generator, text, sampler)
+            for name, (done, taken) in write(subjects, text, sampler).items():
                 tokens = [token for step in done for token in step.tokens]
                 expected = expected or tokens
                 if tokens != expected:
@@ -159,9 +172,8 @@ def bundled(drafter: Path, console: Console) -> list[dict[str, Any]]:
         subjects["eagle"]._policies[1] = Always(16)
         for work, texts in prompts(tokenizer).items():
             sampler = Sampler(0.0 if "greedy" in work else 1.0, seed=0)
-            done = [
-                step for text in texts for step in write(subjects["eagle"], text, sampler)[0][1:]
-            ]
+            eagle = {"eagle": subjects["eagle"]}
+            done = [step for text in texts for step in write(eagle, text, sampler)["eagle"][0][1:]]
             length = sum(len(step.tokens) for step in done) / len(done)
             console.print(f"EAGLE, 16 nodes in every step, {work}: {length:.2f} tokens a step")
     return records

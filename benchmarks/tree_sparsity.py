@@ -99,7 +99,7 @@ def main() -> None:
 
     generator._policies[1] = Seeing()
     for text in prompts(tokenizer)["code, greedy"]:
-        write(generator, text, Sampler(0.77, seed=0))
+        write({"eagle": generator}, text, Sampler(0.77, seed=0))
 
     table = Table("nodes", "among nodes of at least", "experts in the union", "tokens a step",
                   title=f"{len(seen)} trees of the bundled head, held-out code")  # fmt: skip
