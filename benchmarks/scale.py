@@ -290,13 +290,13 @@ def ours() -> dict[str, float]:
 def overhead() -> dict[str, float]:
     """Share of the loop's time outside the engine and proposals, plain and with n-grams."""
     engine = TorchEngine(random_model(SMALLER), max_length=2 * CONTEXT)
-    list(engine.warm_up((1, 4)))
+    list(engine.warm_up((1, 2)))
     result = {}
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
         "n-grams": {
             "drafters": lambda: [NGramDrafter()],
-            "policy": Always(4),
+            "policy": Always(2),
         },
     }
     for name, options in ways.items():
