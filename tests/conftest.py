@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -16,6 +19,7 @@ from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.report import Report
 
+ROOT = Path(__file__).parent.parent
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    pass\n" * 4
 
 
@@ -107,3 +111,16 @@ def checkpoint(
     tokenizer.save(str(path / "tokenizer.json"))
     save_model(make_model(make_config(vocab_size=tokenizer.get_vocab_size())), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "tests")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, source], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import blockffn_compile
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
 
 COMPILE_A_LAYER = """
 import torch
@@ -53,20 +52,6 @@ def test_import_costs_little_and_no_compiler() -> None:
     )
     result = run(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "tests")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
-    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source]
-    result = run(sys.executable, *command)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 def test_wheel_contents(wheel) -> None:

@@ -1,9 +1,10 @@
-"""``blockffn compile`` and ``blockffn run``, the latter where PyTorch cannot be imported."""
+"""``blockffn compile`` and ``blockffn run``, the latter where PyTorch is not installed."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +12,11 @@ import torch
 from blockffn_compile import generate, load_model
 from blockffn_compile.cli.common import load_tokenizer
 from blockffn_compile.models import bundled_path
+from tests.conftest import ROOT
 
 PROMPT = "def add(a, b):"
-#: Refuses PyTorch, as an environment without it does.
-WITHOUT_TORCH = """
-import sys
-from importlib.abc import MetaPathFinder
-
-class Refuse(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("torch", "transformers"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
-from blockffn_compile.cli import main
-main()
-"""
+#: What the README says a device needs.
+PACKAGES = ("apache-tvm", "numpy", "tokenizers", "typer", "rich")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,18 +27,27 @@ def _stamps(tmp_path_factory):
         yield
 
 
-def run_without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Executables of an environment with our wheel and what a device needs, as users install it."""
+    folder = tmp_path_factory.mktemp("device")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, "--no-deps", wheel], check=True)
+    subprocess.run([*install, "--constraint", ROOT / "requirements.lock", *PACKAGES], check=True)
+    return folder / "bin"
 
 
-def test_compile_and_run(blockffn, tmp_path):
-    """The same text as PyTorch's, for the bundled model in fp32."""
+def test_compile_and_run(blockffn, device, tmp_path):
+    """Without PyTorch, the same text as PyTorch's, for the bundled model in fp32."""
     out = tmp_path / "bundle"
     result = blockffn("compile", "-o", out, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert "for native" in result.stderr
-    ran = run_without_torch("run", out, "-p", PROMPT, "-n", 96)
+    imported = subprocess.run([device / "python", "-c", "import torch"], capture_output=True)
+    assert b"No module named 'torch'" in imported.stderr
+    command = [device / "blockffn", "run", out, "-p", PROMPT, "-n", "96"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     tokenizer, model = load_tokenizer(None), load_model(bundled_path(), dtype=torch.float32)
     tokens = list(generate(model, tokenizer.encode(PROMPT).ids, 96, backend="eager"))
