@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,30 +76,26 @@ class Always(TreePolicy):
         return tree
 
 
-Timed = dict[str, tuple[list[Step], float]]
-
-
-def in_turn(running: Mapping[str, Iterator[Step]]) -> Timed:
-    """All steps of each loop, and the milliseconds of those after the first.
+def write(
+    generators: Mapping[str, Generator], text: list[int], sampler: Sampler
+) -> dict[str, tuple[list[Step], float]]:
+    """All steps of each generator, and the milliseconds of those after the first.
 
     They take their steps in turn, so that whatever else the machine does falls on all alike.
     """
-    steps = {name: [next(loop)] for name, loop in running.items()}
-    ms, going = dict.fromkeys(running, 0.0), dict(running)
-    while going:
-        for name, loop in list(going.items()):
+    running = {name: g([text], NEW, sampler=sampler) for name, g in generators.items()}
+    steps = {name: [next(running[name])] for name in running}
+    ms = dict.fromkeys(running, 0.0)
+    while running:
+        for name, going in list(running.items()):
             start = time.perf_counter()
-            step = next(loop, None)
+            step = next(going, None)
             ms[name] += (time.perf_counter() - start) * 1e3
             if step is None:
-                del going[name]
+                del running[name]
             else:
                 steps[name].append(step)
     return {name: (steps[name], ms[name]) for name in steps}
-
-
-def write(generators: Mapping[str, Generator], text: list[int], sampler: Sampler) -> Timed:
-    return in_turn({name: g([text], NEW, sampler=sampler) for name, g in generators.items()})
 
 
 def interval(peer_ms: list[float], ms: list[float]) -> tuple[float, float]:
