@@ -35,6 +35,13 @@ _ANY_RANK = {"other", "reshape", "slice", "gather", "cat", "scatter"}
 #: Constants of at most this many elements are read to see what they hold.
 _SMALL = 1 << 12
 
+_NOT_NUMBERS = {
+    ir.DataType.STRING,
+    ir.DataType.BOOL,
+    ir.DataType.COMPLEX64,
+    ir.DataType.COMPLEX128,
+}
+
 
 def _rule(*op_types: str) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
@@ -213,9 +220,8 @@ class _Lowering:
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         values = (node.outputs[0], *(value for value in node.inputs if value is not None))
         if rule is not None and all(self.shape(value) is not None for value in values):
-            with suppress(
-                ValueError, IndexError, KeyError
-            ):  # a node that breaks its operator's rules
+            # A node that breaks its operator's rules is opaque.
+            with suppress(ArithmeticError, LookupError, TypeError, ValueError):
                 rule(self, node)
         inside = tuple(map(self.operand, _captured(node, self.captured)))
         for index, output in enumerate(node.outputs):
@@ -245,7 +251,7 @@ def _fits(
 
 def _number(tensor: ir.TensorProtocol) -> float | None:
     """The number that a small constant holds everywhere, as a person would have written it."""
-    if not 0 < tensor.size <= _SMALL or tensor.dtype == ir.DataType.STRING:
+    if not 0 < tensor.size <= _SMALL or tensor.dtype in _NOT_NUMBERS:
         return None
     elements = tensor.numpy()
     return float(str(elements.flat[0])) if (elements == elements.flat[0]).all() else None
@@ -377,7 +383,7 @@ def _matmul(at: _Lowering, node: ir.Node) -> None:
 def _gemm(at: _Lowering, node: ir.Node) -> None:
     """alpha * a @ b + beta * c."""
     a, b, *c = at.operands(node)
-    if _float(node, "beta", 1.0) != 1 and c:
+    if len(a.shape) != 2 or len(b.shape) != 2 or (c and _float(node, "beta", 1.0) != 1):
         return
     if node.attributes.get_int("transA", 0):
         a = at.inner("permute", (a,), a.shape[::-1], perm=(1, 0))
