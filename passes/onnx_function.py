@@ -35,9 +35,10 @@ _ACTIVATIONS: dict[Activation, str] = {
 # A zero in a shape stands for the operand's own size.  All that shapes decide is constant, and
 # runtimes compute it once.
 #
-# Sparse if used * (S * H + 35000) * 9/4 <= E * S * H: an expert in the loop costs 9/4 of what it
-# costs among all of them, and as much again as 35000 elements of a weight for its few nodes.
-# (Measured with ONNX Runtime 1.32 on two cores, at S * H = 262144.)
+# Sparse if used * (S * H + 35000) * (T + 225) <= E * S * H * (T + 100): for few tokens, an expert
+# in the loop costs 9/4 of what it costs among all of them, as its weights are copied; for many,
+# little more.  Its few nodes cost as much again as 35000 elements of a weight.  (Measured with ONNX
+# Runtime 1.32 on two cores with AVX2 and, at few tokens, AVX-512, at S * H = 262144.)
 _BODY = """
 <domain: "{domain}", overload: "{overload}", opset_import: ["": {opset}]>
 {name} <act> ({inputs}) => (y)
@@ -61,12 +62,16 @@ _BODY = """
     expert_elements = ReduceProd <keepdims = 0> (expert_shape)
     elements = Size (up)
     overhead = Constant <value_int = 35000> ()
-    four = Constant <value_int = 4> ()
-    nine = Constant <value_int = 9> ()
     expert_cost = Add (expert_elements, overhead)
-    expert_cost_9 = Mul (expert_cost, nine)
-    elements_4 = Mul (elements, four)
-    limit = Div (elements_4, expert_cost_9)
+    tokens_1 = Shape <end = 1> (x)
+    tokens = Squeeze (tokens_1)
+    copying = Constant <value_int = 225> ()
+    reading = Constant <value_int = 100> ()
+    tokens_copied = Add (tokens, copying)
+    tokens_read = Add (tokens, reading)
+    cost_of_one = Mul (expert_cost, tokens_copied)
+    cost_of_all = Mul (elements, tokens_read)
+    limit = Div (cost_of_all, cost_of_one)
     few = LessOrEqual (count, limit)
     y = If (few) <
         then_branch = sparse () => (y_sparse) {{

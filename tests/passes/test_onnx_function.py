@@ -17,7 +17,8 @@ from onnx.reference import ReferenceEvaluator
 from blockffn_compile.layer import experts_reference
 from blockffn_compile.passes.onnx_function import DOMAIN, MIN_OPSET, NAME, function
 
-#: Of the second size, up to two active experts make the loop pay; of the first, none do.
+#: Of the second size, up to two active experts make the loop pay (up to three of very many tokens);
+#: of the first, none do.
 SIZES = {"small": (4, 8, 16), "large": (6, 256, 512)}
 TYPES = {np.dtype(np.float32): "float", np.dtype(np.float16): "float16"}
 
@@ -126,13 +127,14 @@ def test_nan_stays_in_its_token(size, where, dtype):
     assert not np.isnan(y[[0, 2]]).any()
 
 
-def test_experts_that_no_token_uses_are_not_read():
+@pytest.mark.parametrize(("tokens", "most"), [(4, 2), (200, 3)])
+def test_experts_that_no_token_uses_are_not_read(tokens, most):
     """The loop's branch; with many experts in use the dense one multiplies them by zero."""
     layer = Layer("large")
-    layer.weights[0][3:] = math.nan
+    layer.weights[0][most + 1 :] = math.nan
     layer.model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(layer.weights[0], "up"))
     session = layer.session()
-    (sparse,) = session.run(None, layer.inputs(4, 2))
-    (dense,) = session.run(None, layer.inputs(4, 3))
+    (sparse,) = session.run(None, layer.inputs(tokens, most))
+    (dense,) = session.run(None, layer.inputs(tokens, most + 1))
     assert np.isfinite(sparse).all()
     assert np.isnan(dense).all()
