@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockffn_compile.aot.bundle import ALIGNMENT, DTYPE_BYTES, Bundle, tensor
+from blockffn_compile.engines.engine import text_length
 from blockffn_compile.engines.texts import Move, Texts
 from blockffn_compile.speculative.tree import DraftTree
 
@@ -30,18 +31,14 @@ class Session:
         """Allocates the cache.
 
         Raises:
-            ValueError: ``max_length`` is longer than the model's context.
+            ValueError: ``max_length`` is not within the model's context.
         """
         import tvm
         import tvm_ffi
 
         manifest = bundle.manifest
         self.bundle, self.rows = bundle, rows
-        self.max_length = max_length or manifest.max_length
-        if not 0 < self.max_length <= manifest.max_length:
-            raise ValueError(
-                f"length {max_length} is not within 1..{manifest.max_length}, the model's context"
-            )
+        self.max_length = text_length(max_length, manifest.max_length)
         shape = (rows, manifest.heads, self.max_length)
         self.cache = [
             tvm.runtime.empty((*shape, dim), manifest.dtype)

@@ -36,6 +36,18 @@ def divide(trees: Mapping[int, DraftTree], logits: Tensor, features: Tensor) -> 
     return outputs
 
 
+def text_length(asked: int | None, context: int) -> int:
+    """Most tokens of a text: what was asked for, by default all that the model's context takes.
+
+    Raises:
+        ValueError: it is not within 1..context.
+    """
+    length = context if asked is None else asked
+    if not 0 < length <= context:
+        raise ValueError(f"max_length {length} is not within 1..{context}, the model's context")
+    return length
+
+
 class Engine(Protocol):
     """A model with a cache for several texts, each at a row of its own.
 

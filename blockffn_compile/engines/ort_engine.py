@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockffn_compile.engines.engine import BUCKETS, Output
+from blockffn_compile.engines.engine import BUCKETS, Output, text_length
 from blockffn_compile.engines.texts import Texts
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.onnx.export import CONFIG, DTYPES, cache_names, cache_shapes
@@ -57,7 +57,7 @@ class OrtEngine:
 
         Raises:
             ModelError: the file cannot be used, or was not exported with a cache.
-            ValueError: ``max_length`` is longer than the model's context.
+            ValueError: ``max_length`` is not within the model's context.
         """
         self.session = session(path, library=library, portable=portable, threads=threads)
         fields = self.session.get_modelmeta().custom_metadata_map.get(CONFIG)
@@ -65,12 +65,8 @@ class OrtEngine:
         if fields is None or "past.0.key" not in types:
             raise ModelError(f"{path}: not a decoder with a cache; write one with onnx.export")
         config = BlockFFNConfig.from_dict(json.loads(fields))
-        longest = config.max_position_embeddings
-        if not 0 < (max_length or longest) <= longest:
-            raise ValueError(
-                f"max_length {max_length} is not within 1..{longest} (max_position_embeddings)"
-            )
-        self.config, self.rows, self.max_length = config, rows, max_length or longest
+        self.config, self.rows = config, rows
+        self.max_length = text_length(max_length, config.max_position_embeddings)
         self.vocab_size = config.vocab_size
         self._texts = Texts(rows, self.max_length, self.vocab_size)
         half = types["past.0.key"] == "tensor(float16)"

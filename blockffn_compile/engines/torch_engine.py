@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockffn_compile.engines.compiled import capture, compile_once
-from blockffn_compile.engines.engine import BUCKETS, Output, divide
+from blockffn_compile.engines.engine import BUCKETS, Output, divide, text_length
 from blockffn_compile.engines.texts import Texts
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
@@ -51,11 +51,11 @@ class TorchEngine:
         """Allocates the cache.
 
         Raises:
-            ValueError: ``max_length`` is longer than the model's context.
+            ValueError: ``max_length`` is not within the model's context.
         """
         config, weight = model.config, model.lm_head.weight
         self.model, self.rows = model, rows
-        self.max_length = config.max_position_embeddings if max_length is None else max_length
+        self.max_length = text_length(max_length, config.max_position_embeddings)
         self.vocab_size = config.vocab_size
         self.cache = StaticCache(config, rows, self.max_length, weight.dtype, weight.device)
         self._texts = Texts(rows, self.max_length, config.vocab_size)

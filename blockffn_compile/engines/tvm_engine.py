@@ -31,7 +31,7 @@ class TvmEngine:
         """Allocates the cache.
 
         Raises:
-            ValueError: ``max_length`` is longer than the model's context.
+            ValueError: ``max_length`` is not within the model's context.
         """
         self.session = Session(bundle, rows, max_length)
         self.rows, self.max_length = rows, self.session.max_length

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blockffn_compile.engines.compiled import compile_once
+from blockffn_compile.engines.engine import text_length
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.eagle import EagleHead
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
@@ -68,10 +69,17 @@ class EagleModel:
     def __init__(
         self, target: BlockFFNForCausalLM, head: EagleHead, max_length: int | None = None
     ) -> None:
-        """Sets the length of all caches: the longest text to draft for, and a tree behind it."""
+        """Sets the length of all caches: the longest text to draft for, and a tree behind it.
+
+        Longer texts than the head's context are drafted for up to its end.
+
+        Raises:
+            ValueError: ``max_length`` is less than 1.
+        """
         self.target, self.head = target, head
         context = head.config.max_position_embeddings
-        self.max_length = min(max_length or context, context)
+        asked = None if max_length is None else min(max_length, context)
+        self.max_length = text_length(asked, context)
         weight = target.lm_head.weight.detach()
         self.token_map = head.token_map
         self.unembedding = weight if self.token_map is None else weight[self.token_map].contiguous()

@@ -187,9 +187,10 @@ def test_models_that_are_no_decoders(tmp_path):
         OrtEngine(tmp_path / "model.onnx")
 
 
-def test_length_beyond_the_model(path):
-    with pytest.raises(ValueError, match=r"max_length 257 is not within 1\.\.256"):
-        OrtEngine(path, max_length=257)
+@pytest.mark.parametrize("length", [0, -1, 257])
+def test_lengths_that_the_model_does_not_have(path, length):
+    with pytest.raises(ValueError, match=rf"max_length {length} is not within 1\.\.256"):
+        OrtEngine(path, max_length=length)
 
 
 # --- The bundled model ----------------------------------------------------------------------------

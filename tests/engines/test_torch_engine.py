@@ -198,7 +198,7 @@ def test_warm_up_of_short_contexts(make_model):
 
 @pytest.mark.parametrize("length", [0, -1, 129])
 def test_lengths_that_the_model_does_not_have(make_model, length):
-    with pytest.raises(ValueError, match=rf"{length} is not within 1\.\.128"):
+    with pytest.raises(ValueError, match=rf"max_length {length} is not within 1\.\.128"):
         TorchEngine(make_model(MODELS["gqa"]), max_length=length)
 
 

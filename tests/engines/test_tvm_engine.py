@@ -122,6 +122,7 @@ def test_the_loop_writes_the_same_text_with_and_without_drafts(engine):
     assert text({1: 1.0, 8: 1.0}, [NGramDrafter()]) == greedy
 
 
-def test_length_beyond_the_model(engine):
-    with pytest.raises(ValueError, match=r"129 is not within 1\.\.128"):
-        TvmEngine(engine.session.bundle, max_length=129)
+@pytest.mark.parametrize("length", [0, -1, 129])
+def test_lengths_that_the_model_does_not_have(engine, length):
+    with pytest.raises(ValueError, match=rf"max_length {length} is not within 1\.\.128"):
+        TvmEngine(engine.session.bundle, max_length=length)

@@ -215,3 +215,10 @@ def test_two_texts_of_one_model(model):
 def test_features_are_needed(model):
     with pytest.raises(ValueError, match="features"):
         EagleDrafter(model).observe([1], None)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_lengths_without_room_for_a_token(model, length):
+    with pytest.raises(ValueError, match=rf"max_length {length} is not within 1\.\.{LENGTH}"):
+        EagleModel(model.target, model.head, length)
+    assert EagleModel(model.target, model.head, LENGTH + 1).max_length == LENGTH
