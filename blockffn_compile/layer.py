@@ -19,6 +19,9 @@ Layout = Literal["block", "block_linear"]
 RouterNorm = Literal["none", "sum", "rms"]
 Activation = Literal["silu", "relu", "gelu"]
 
+#: Most tokens of a chunk: kernels take as many in one call.
+CHUNK_TOKENS = 64
+
 #: Added to the divisor of the ``sum`` router norm, as in the released models.
 SUM_NORM_EPS = 1e-5
 

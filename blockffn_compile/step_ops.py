@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.schedules import tir
 from blockffn_compile.schedules.packing import PANELS
-from blockffn_compile.schedules.plan import CHUNK_TOKENS as MAX_TOKENS
 
 torch.library.define("blockffn::linear", "(Tensor x, Tensor[] weights) -> Tensor")
 torch.library.define(
@@ -42,7 +42,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     kernel = None
-    if x.device.type == "cpu" and 0 < tokens <= MAX_TOKENS:
+    if x.device.type == "cpu" and 0 < tokens <= CHUNK_TOKENS:
         kernel = tir.linear_kernel(inputs, outputs, x.dtype)
     if kernel is None:
         return torch.cat([x @ w.T for w in weights], dim=1, out=out)
@@ -124,7 +124,7 @@ def _fake_attention(
     context: Tensor,
     ancestors: Tensor,
 ) -> Tensor:
-    torch._check(q.dim() == 3 and q.shape[0] <= MAX_TOKENS, lambda: "q must be [T <= 64, Q, D]")
+    torch._check(q.dim() == 3 and q.shape[0] <= CHUNK_TOKENS, lambda: "q must be [T <= 64, Q, D]")
     torch._check(
         q.shape[1] % keys.shape[1] == 0 and keys.shape[3] == q.shape[2],
         lambda: "keys must be [B, G, L, D] with G a divisor of Q",

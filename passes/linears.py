@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.passes.emitter import Emitter
 
 log = logging.getLogger("blockffn_compile")
 aten = torch.ops.aten
-
-#: Most tokens of a product that is rewritten.
-MAX_TOKENS = 64
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
@@ -76,7 +74,7 @@ def _weight(node: fx.Node) -> fx.Node | None:
     args: Any = node.args
     x, transposed = args
     tokens = x.meta["val"].shape[0]
-    if not isinstance(tokens, int) or tokens > MAX_TOKENS or x.meta["val"].device.type != "cpu":
+    if not isinstance(tokens, int) or tokens > CHUNK_TOKENS or x.meta["val"].device.type != "cpu":
         return None
     if transposed.target is aten.permute.default and list(transposed.args[1]) == [1, 0]:
         weight = transposed.args[0]

@@ -19,6 +19,7 @@ import tvm
 from tvm import ir, relax
 from tvm.sym import Analyzer
 
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.passes.recognizer import DTYPES, BlockFFNMatch, Declined, Result, recognise
 from blockffn_compile.passes.relax_emit import (
     Emit,
@@ -38,12 +39,9 @@ from blockffn_compile.passes.view import Value, strip
 
 log = logging.getLogger("blockffn_compile")
 
-#: Most tokens of one call of a kernel.
-MAX_TOKENS = 64
-
 TOKENS = (
-    f"it may have more than {MAX_TOKENS} tokens; bound their number with the function's attribute "
-    "tir_var_upper_bound"
+    f"it may have more than {CHUNK_TOKENS} tokens; bound their number with the function's "
+    "attribute tir_var_upper_bound"
 )
 INPUTS = (
     "its weights are inputs of the function; make them parameters (attribute num_input) or "
@@ -163,8 +161,8 @@ class _Function:
                 self.analyzer.bind(var, ir.Range(0, int(bounds[var.name]) + 1))
 
     def few(self, sizes: Sequence[Any]) -> bool:
-        """Whether the product of sizes is at most MAX_TOKENS."""
-        return bool(self.analyzer.can_prove(product(sizes) <= MAX_TOKENS))
+        """Whether the product of sizes is at most CHUNK_TOKENS."""
+        return bool(self.analyzer.can_prove(product(sizes) <= CHUNK_TOKENS))
 
     def is_weight(self, value: Value) -> bool:
         return value.op == "constant" or (value.op == "input" and value.source not in self.inputs)

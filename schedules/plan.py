@@ -7,12 +7,9 @@ from typing import Literal
 
 import torch
 
-from blockffn_compile.layer import Activation
+from blockffn_compile.layer import CHUNK_TOKENS, Activation
 
 Regime = Literal["decode", "chunk", "prefill"]
-
-#: Most tokens of the chunk regime.
-CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from torch.export import Dim
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.schedules.tir.attention import cached_attention
 from blockffn_compile.schedules.tir.cache import store_entries
-from blockffn_compile.schedules.tir.tile import LANES, MAX_TOKENS
+from blockffn_compile.schedules.tir.tile import LANES
 
 #: Inputs of a step, int64 [T] each, see :class:`~blockffn_compile.models.cache.TreeStep`.
 STEP_INPUTS = ("tokens", "positions", "rows", "context", "slots", "ancestors")
@@ -86,7 +87,7 @@ def export(model: BlockFFNForCausalLM) -> tuple[tvm.IRModule, dict[str, str]]:
     decoder = dict(model.model.named_parameters()) | dict(model.model.named_buffers())
     weights = {name: tensor.detach() for name, tensor in decoder.items()}
     entries = [t for pair in zip(cache.keys, cache.values, strict=True) for t in pair]
-    few, many = Dim("t", min=1, max=MAX_TOKENS), Dim("n", min=1, max=MAX_TOKENS)
+    few, many = Dim("t", min=1, max=CHUNK_TOKENS), Dim("n", min=1, max=CHUNK_TOKENS)
     sizes = {0: Dim("b", min=1, max=2**20), 2: Dim("l", min=1, max=config.max_position_embeddings)}
     trunk = _relax(
         _Trunk(model),
@@ -137,6 +138,19 @@ def _matmul(node: fx.Node, importer: Any) -> relax.Var:
     return y if dtype == "float32" else importer.block_builder.emit(relax.op.astype(y, dtype))
 
 
+def _rows(node: fx.Node, importer: Any) -> relax.Var:
+    """Rows of a table; an index outside of it gives the nearest one."""
+    args: Any = node.args
+    table, indices = args[:2]
+    if not isinstance(indices, fx.Node):  # of index.Tensor
+        if len(indices) > 1:
+            return importer._index_tensor(node)
+        (indices,) = indices
+    # The default, "fast", checks nothing and warns of that whenever it is compiled.
+    taken = relax.op.take(importer.env[table], importer.env[indices], axis=0, mode="clip")
+    return importer.block_builder.emit(taken)
+
+
 def _amax(node: fx.Node, importer: Any) -> relax.Var:
     args: Any = (*node.args, None, False)
     x, axes, keepdim = args[:3]
@@ -179,6 +193,8 @@ CONVERTERS: dict[str, Converter] = {
     "mm.default": _matmul,
     "bmm.default": _matmul,
     "amax.default": _amax,
+    "embedding.default": _rows,
+    "index.Tensor": _rows,
     "index_put.default": _index_put,
     "cached_attention.default": _attention,
 }

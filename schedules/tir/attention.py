@@ -55,8 +55,8 @@ def cached_attention(
     Returns:
         A function of q [n, Q, D], keys [B, G, L, D], values [B, G, L, V], int64 [n] each: the
         sequence of a token, how many of its leading slots are visible, and which of the 64 slots
-        behind those, as a bit mask; and the result y [n, Q, V].  1 <= n <= MAX_TOKENS.  Scores are
-        scaled by D**-0.5.
+        behind those, as a bit mask; and the result y [n, Q, V].  1 <= n <= CHUNK_TOKENS.  Scores
+        are scaled by D**-0.5.
     """
     group = heads // kv_heads
     shared = QUERIES if group % QUERIES == 0 else 1

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import blockffn_compile.step_ops  # noqa: F401  registers the operators
-from blockffn_compile.passes.linears import MAX_TOKENS, rewrite
+from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.passes.linears import rewrite
 from tests.passes.tracing import targets, trace
 
 aten = torch.ops.aten
@@ -63,7 +64,7 @@ def rewritten(module: nn.Module, x: Tensor, **kwargs) -> tuple[fx.GraphModule, i
     return gm, count
 
 
-@pytest.mark.parametrize("shape", [(1, K), (5, K), (2, 3, K), (MAX_TOKENS, K)], ids=str)
+@pytest.mark.parametrize("shape", [(1, K), (5, K), (2, 3, K), (CHUNK_TOKENS, K)], ids=str)
 def test_products_of_one_input_are_one_call(shape):
     gm, count = rewritten(Projections(), torch.randn(shape))
     assert count == 4
@@ -126,7 +127,7 @@ def test_left_alone(form):
     assert LINEAR not in targets(gm)
 
 
-@pytest.mark.parametrize("tokens", [MAX_TOKENS + 1, 200])
+@pytest.mark.parametrize("tokens", [CHUNK_TOKENS + 1, 200])
 def test_more_tokens_are_left_alone(tokens):
     assert rewritten(Projections(), torch.randn(tokens, K))[1] == 0
 
