@@ -40,7 +40,8 @@ def run(
     """
     from rich.console import Console
 
-    from blockffn_compile.aot.bundle import BundleError, load
+    from blockffn_compile.aot.bundle import load
+    from blockffn_compile.aot.manifest import BundleError
     from blockffn_compile.aot.session import Session, greedy
 
     with reporting(BundleError):
