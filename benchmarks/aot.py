@@ -54,12 +54,11 @@ from blockffn_compile.aot.targets import get_target
 from blockffn_compile.engines.engine import Engine
 from blockffn_compile.engines.torch_engine import TorchEngine
 from blockffn_compile.engines.tvm_engine import TvmEngine
-from blockffn_compile.layer import BlockFFN
+from blockffn_compile.layer import CHUNK_TOKENS, BlockFFN
 from blockffn_compile.models import bundled_path
 from blockffn_compile.models.checkpoint import load_model, write_checkpoint
 from blockffn_compile.passes.relax import rewrite
 from blockffn_compile.passes.relax_emit import Panels
-from blockffn_compile.schedules.tir.tile import MAX_TOKENS
 from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.tree import DraftTree
 
@@ -141,7 +140,7 @@ class Replayed(nn.Module):
         super().__init__()
         self.weight = weight
         trace = routing(8, UNION, PAIRS, generator, len(weight))
-        self.register_buffer("trace", trace.repeat(MAX_TOKENS // 8, 1))
+        self.register_buffer("trace", trace.repeat(CHUNK_TOKENS // 8, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return (
@@ -163,7 +162,7 @@ def stock(layers: int, console: Console) -> list[dict[str, Any]]:
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     with console.status("exporting and compiling"):
         mod, names = export(model)
-        ours, done = rewrite(mod, "trunk", CpuKernels(*get_target("native").tile))
+        ours, done = rewrite(mod, "trunk", CpuKernels(get_target("native").registers))
         machines = {"bundle's pass": machine(ours), "TVM's default pipeline": machine(mod)}
 
     def weights(module: tvm.IRModule, panels: dict[str, Panels]) -> list[Any]:

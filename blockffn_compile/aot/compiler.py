@@ -15,18 +15,27 @@ from tvm import ir, relax, topi
 from tvm.support import cc
 
 from blockffn_compile import __version__
-from blockffn_compile.aot import bundle
+from blockffn_compile.aot.bundle import file_hash
 from blockffn_compile.aot.export import STEP_INPUTS, export
 from blockffn_compile.aot.kernels import CpuKernels
+from blockffn_compile.aot.manifest import (
+    CODE,
+    FILES,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+)
 from blockffn_compile.aot.targets import Target, get_target
 from blockffn_compile.aot.weights import Read, Weight, write
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.models.checkpoint import open_checkpoint
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM, RotaryEmbedding
 from blockffn_compile.passes.recognizer import Declined
 from blockffn_compile.passes.relax import rewrite
 from blockffn_compile.passes.relax_emit import Panels
-from blockffn_compile.schedules.tir.tile import MAX_TOKENS
 
 log = logging.getLogger("blockffn_compile")
 
@@ -50,7 +59,8 @@ def build(
 
     Args:
         model: a model, or the directory of a checkpoint.
-        target: ``native``, ``x86-64-v3``, ``x86-64-v4`` or ``arm64``.
+        target: ``native``, ``x86-64-v3``, ``x86-64-v4``, ``arm64`` or
+            ``arm64-bf16``.
         out: the directory to make; one that is there must be empty, or a bundle to replace.
         dtype: of weights and cache; default: as stored.
         tokenizer: ``tokenizer.json`` to put in; default: the checkpoint's.
@@ -74,7 +84,7 @@ def build(
     else:
         checkpoint = open_checkpoint(model)
         config, read, stored = checkpoint.config, checkpoint.read, checkpoint.dtype
-        beside = Path(model) / bundle.TOKENIZER
+        beside = Path(model) / TOKENIZER
         tokenizer = tokenizer or (beside if beside.is_file() else None)
     dtype = dtype or stored
 
@@ -83,7 +93,7 @@ def build(
         form = BlockFFNForCausalLM(config).to(dtype).eval().requires_grad_(False)
     mod, names = export(form)
     progress("rewriting", 0, 1)
-    kernels = CpuKernels(*kind.tile)
+    kernels = CpuKernels(kind.registers)
     functions: dict[str, dict[str, Weight]] = {}
     for name in ("trunk", "head"):
         mod, done = rewrite(mod, name, kernels)
@@ -98,17 +108,17 @@ def build(
         made = Path(folder) / out.name
         made.mkdir()
         progress("compiling", 0, 1)
-        _compile(mod, kind, made / bundle.CODE)
+        _compile(mod, kind, made / CODE)
         weights = functions["trunk"] | functions["head"]
         total, written = sum(weight.nbytes for weight in weights.values()), 0
         progress("packing", written, total)
-        for size in write(made / bundle.WEIGHTS, weights, _with_rotary(config, read)):
+        for size in write(made / WEIGHTS, weights, _with_rotary(config, read)):
             written += size
             progress("packing", written, total)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, made / bundle.TOKENIZER)
+            shutil.copyfile(tokenizer, made / TOKENIZER)
         manifest = _manifest(config, dtype, kind, functions, made)
-        (made / bundle.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        (made / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)
@@ -117,7 +127,7 @@ def build(
 
 def _replaceable(out: Path) -> bool:
     names = {path.name for path in out.iterdir()}
-    return not names or bundle.MANIFEST in names <= bundle.FILES
+    return not names or MANIFEST in names <= FILES
 
 
 # --- Functions ------------------------------------------------------------------------------------
@@ -202,12 +212,12 @@ def _manifest(
     target: Target,
     functions: dict[str, dict[str, Weight]],
     folder: Path,
-) -> bundle.Manifest:
+) -> Manifest:
     heads, key_dim, value_dim = config.cache_sizes
     files = sorted(folder.iterdir())
     packages = ("apache-tvm", "apache-tvm-ffi")
-    return bundle.Manifest(
-        format=bundle.FORMAT,
+    return Manifest(
+        format=FORMAT,
         target=target.name,
         architecture=target.architecture,
         cpu_features=list(target.features),
@@ -216,7 +226,7 @@ def _manifest(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         max_length=config.max_position_embeddings,
-        max_tokens=MAX_TOKENS,
+        max_tokens=CHUNK_TOKENS,
         layers=config.num_hidden_layers,
         heads=heads,
         key_dim=key_dim,
@@ -229,5 +239,5 @@ def _manifest(
             **{name: importlib.metadata.version(name) for name in packages},
         },
         sizes={file.name: file.stat().st_size for file in files},
-        sha256={file.name: bundle.file_hash(file) for file in files},
+        sha256={file.name: file_hash(file) for file in files},
     )

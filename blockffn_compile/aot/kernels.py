@@ -17,28 +17,25 @@ from blockffn_compile.schedules.tir import cpu, linear, tile
 
 
 class CpuKernels:
-    """Kernels for CPUs.
+    """Kernels for CPUs with such registers."""
 
-    Attributes:
-        widest: most outputs of a panel, a multiple of 16.
-        tokens: most tokens of a register tile.
-    """
-
-    def __init__(self, widest: int, tokens: int) -> None:
-        self.widest, self.tokens = widest, tokens
+    def __init__(self, registers: tile.Registers) -> None:
+        self.registers = registers
 
     def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
         hidden, experts, size = spec.hidden_size, spec.num_experts, spec.expert_size
-        up, down = panel_width(size, self.widest), panel_width(hidden, self.widest)
-        tiling = tile.Tiling(up, down, self.tokens)
+        widest, tokens, dot = self.registers
+        up, down = panel_width(size, widest), panel_width(hidden, widest)
+        tiling = tile.Tiling(up, down, tokens, dot)
         function = cpu.chunk_sparse_ffn(hidden, experts, size, dtype, spec.act, spec.gated, tiling)
         return function, up, down
 
     def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
-        panel = panel_width(outputs, self.widest)
-        return linear.panel_linear(inputs, outputs, dtype, panel, self.tokens), panel
+        widest, tokens, dot = self.registers
+        panel = panel_width(outputs, widest)
+        return linear.panel_linear(inputs, outputs, dtype, panel, tokens, dot), panel
 
     def pack(self, panels: Panels, weights: Sequence[tvm.runtime.Tensor]) -> tvm.runtime.Tensor:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""

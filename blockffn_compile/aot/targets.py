@@ -9,7 +9,8 @@ from typing import Any
 import tvm
 
 from blockffn_compile.aot.machine import X86_64_V3, X86_64_V4, cpu_features, instruction_sets
-from blockffn_compile.schedules.tir.build import host_target, register_tile
+from blockffn_compile.schedules.tir.build import host_target, registers
+from blockffn_compile.schedules.tir.tile import Registers
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,8 @@ class Target:
         return tvm.target.Target(self.llvm)
 
     @property
-    def tile(self) -> tuple[int, int]:
-        """Widest panel, and most tokens of a register tile."""
-        return register_tile(self.tvm)
+    def registers(self) -> Registers:
+        return registers(self.tvm)
 
 
 _X86: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
@@ -58,6 +58,13 @@ TARGETS = {
             {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
             "aarch64",
             ("asimd",),
+            "aarch64-linux-gnu-g++",
+        ),
+        Target(
+            "arm64-bf16",  # Armv8.6, and many of Armv8.2 on
+            {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+bf16"]},
+            "aarch64",
+            ("asimd", "bf16"),
             "aarch64-linux-gnu-g++",
         ),
     )

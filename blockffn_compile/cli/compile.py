@@ -22,6 +22,7 @@ class TargetName(StrEnum):
     x86_64_v3 = "x86-64-v3"
     x86_64_v4 = "x86-64-v4"
     arm64 = "arm64"
+    arm64_bf16 = "arm64-bf16"
 
 
 def compile_bundle(

@@ -51,7 +51,7 @@ def build_library(target: str = "native", headers: str | Path | None = None) -> 
     from blockffn_compile.schedules.tir.tile import ACTIVATIONS
 
     machine = get_target(target)
-    panel, tokens = machine.tile
+    panel, tokens, _ = machine.registers
     functions = _kernels(panel, tokens)
     includes = find_headers(headers)
     compiler = [machine.linker] if machine.linker else shlex.split(os.environ.get("CXX") or "g++")

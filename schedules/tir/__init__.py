@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.schedules.packing import PANELS, panel_width
 from blockffn_compile.schedules.plan import Problem, Regime
+
+if TYPE_CHECKING:
+    from blockffn_compile.schedules.tir.tile import Registers
 
 ALIGNMENT = 64
 
@@ -19,8 +23,8 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 @functools.cache
-def _host() -> tuple[Any, int, int] | None:
-    """(TVM target, widest panel, tokens of a register tile), or None after one warning."""
+def _host() -> tuple[Any, Registers] | None:
+    """TVM target of this CPU and its registers, or None after one warning."""
     # For TVM's own pool, should PyTorch's not be usable: its size is fixed when TVM starts.
     os.environ.setdefault("TVM_NUM_THREADS", str(torch.get_num_threads()))
     try:
@@ -34,7 +38,7 @@ def _host() -> tuple[Any, int, int] | None:
             stacklevel=2,
         )
         return None
-    return (target, *build.register_tile(target))
+    return target, build.registers(target)
 
 
 def cpu_schedule(problem: Problem, regime: Regime) -> CpuKernel | None:
@@ -57,9 +61,10 @@ def linear_kernel(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Any, i
     from blockffn_compile.schedules.tir import build
     from blockffn_compile.schedules.tir.linear import panel_linear
 
-    target, widest, tokens = host
+    target, (widest, tokens, dot) = host
     panel = panel_width(outputs, widest)
-    return build.load(panel_linear(inputs, outputs, DTYPES[dtype], panel, tokens), target), panel
+    function = panel_linear(inputs, outputs, DTYPES[dtype], panel, tokens, dot)
+    return build.load(function, target), panel
 
 
 @functools.cache
@@ -83,13 +88,14 @@ class CpuKernel:
 
         host = _host()
         assert host is not None
-        target, widest, tokens = host
+        target, (widest, tokens, dot) = host
         self.tiling = tile.Tiling(
             panel_width(problem.expert_size, widest),
             panel_width(problem.hidden_size, widest),
             tokens,
+            dot,
         )
-        self.chunk = tile.MAX_TOKENS
+        self.chunk = CHUNK_TOKENS
         self.sizes = {
             "e": problem.num_experts,
             "h": problem.hidden_size,

@@ -15,6 +15,7 @@ from tvm.support import cc
 from tvm.target.codegen import llvm_get_system_cpu, llvm_get_system_triple
 
 from blockffn_compile.schedules.cache import cached
+from blockffn_compile.schedules.tir.tile import Registers
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ def host_target() -> tvm.target.Target:
     return tvm.target.Target(target)
 
 
-def register_tile(target: tvm.target.Target) -> tuple[int, int]:
-    """(widest panel, most tokens) whose sums the target's vector registers hold."""
+def registers(target: tvm.target.Target) -> Registers:
+    """What the target's vector registers hold: the sums of so many outputs and tokens."""
     # 32 registers of 512 bits hold 6 x 64 sums and a panel; other CPUs have a quarter (AVX2: 16 of
     # 256 bits; NEON: 32 of 128 bits), which hold 6 x 16.
-    wide = tvm.target.codegen.target_has_features("avx512f", target)
-    return (64, 6) if wide else (16, 6)
+    has = tvm.target.codegen.target_has_features
+    if "aarch64" in str(target.attrs["mtriple"]):
+        return Registers(16, 6, dot=bool(has("bf16", target)))
+    return Registers(64 if has("avx512f", target) else 16, 6, dot=False)
 
 
 def compiled(functions: Sequence[Any], target: tvm.target.Target) -> Any:

@@ -31,6 +31,8 @@ from blockffn_compile.schedules.tir.tile import (
     add_products,
     at,
     broadcast,
+    in_pairs,
+    narrow,
     store_row,
     widen,
     widen_row,
@@ -68,6 +70,7 @@ def chunk_sparse_ffn(
     )
     up_p, down_p = tiling.up_panel, tiling.down_panel
     up_panels, down_panels = (s + (up_p - 1)) // up_p, (h + (down_p - 1)) // down_p
+    dot_up, dot_down = (in_pairs(tiling.dot, dtype, depth) for depth in (h, s))
     # 64 bytes more per row: rows a power of two apart would share one set of the L1 cache.
     pad = LANES
 
@@ -87,6 +90,9 @@ def chunk_sparse_ffn(
         x32 = T.alloc_buffer((n, h + pad), "float32")
         y32 = T.alloc_buffer((n, down_panels * down_p + pad), "float32")
         mid = T.alloc_buffer((pairs, up_panels * up_p + pad), "float32")
+        # The same as products in pairs take them, by their bits: TVM loses bfloat16 buffers.
+        wide = (pairs, up_panels * up_p + 2 * pad)
+        mid16 = T.alloc_buffer(wide, "uint16") if dot_down else mid
         gates = T.alloc_buffer((pairs if gated else 1, up_panels * up_p + pad), "float32")
         pair_token = T.alloc_buffer((pairs,), "int32")
         pair_score = T.alloc_buffer((pairs,), "float32")
@@ -117,13 +123,16 @@ def chunk_sparse_ffn(
         T.buffer_store(offset, counts[1], [counts[0]])
 
         with T.serial(n) as t:
-            widen_row(x, x32, t)
+            if not dot_up:
+                widen_row(x, x32, t)
             # A token without experts still carries its NaN: 0 * sum(x) is NaN or zero.  A product
             # with zero would be simplified away, a fused one is not.
             poison = T.alloc_buffer((1,), "float32")
             T.buffer_store(poison, T.float32(0), [0])
             with T.If(used[t] == 0), T.Then(), T.serial(h) as i:
-                T.buffer_store(poison, T.fma(x32[t, i], T.float32(0), poison[0]), [0])
+                T.buffer_store(
+                    poison, T.fma(widen(x[t, i], dtype, 1), T.float32(0), poison[0]), [0]
+                )
             with T.serial(down_panels * down_p // LANES) as v:
                 T.buffer_store(y32, broadcast(poison[0]), [t, at(v * LANES)])
 
@@ -139,9 +148,10 @@ def chunk_sparse_ffn(
                     panel,
                     (first, last),
                     tiling.tokens,
-                    source=lambda pair: (x32, T.bind(pair_token[pair])),
+                    source=lambda pair: (x if dot_up else x32, T.bind(pair_token[pair])),
                     target=lambda pair: (result, pair),
                     accumulate=False,
+                    dot=dot_up,
                 )
 
             project(up, mid)
@@ -157,7 +167,10 @@ def chunk_sparse_ffn(
                         value = value * function(T.bind(gates[pair, at(column)]))
                     else:
                         value = function(value)
-                    T.buffer_store(mid, value * broadcast(pair_score[pair]), [pair, at(column)])
+                    value = value * broadcast(pair_score[pair])
+                    if dot_down:
+                        value = T.reinterpret(f"uint16x{LANES}", narrow(value, dtype))
+                    T.buffer_store(mid16, value, [pair, at(column)])
 
             if act is not None:
                 activate(ACTIVATIONS[act])
@@ -174,9 +187,10 @@ def chunk_sparse_ffn(
                     panel,
                     (T.bind(offset[index]), T.bind(offset[index + 1])),
                     tiling.tokens,
-                    source=lambda pair: (mid, pair),
+                    source=lambda pair: (mid16, pair),
                     target=lambda pair: (y32, T.bind(pair_token[pair])),
                     accumulate=True,
+                    dot=dot_down,
                 )
             with T.serial(n) as t, T.serial(down_p // LANES) as v:
                 store_row(y32, y, t, T.bind(panel * down_p + v * LANES))

@@ -10,16 +10,19 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.schedules.tir.tile import (
     LANES,
-    MAX_TOKENS,
     add_products,
+    in_pairs,
     store_row,
     widen_row,
 )
 
 
-def panel_linear(inputs: int, outputs: int, dtype: str, panel: int, tokens: int) -> tirx.PrimFunc:
+def panel_linear(
+    inputs: int, outputs: int, dtype: str, panel: int, tokens: int, dot: bool = False
+) -> tirx.PrimFunc:
     """Builds ``f(x, weight, y)``: ``y = x @ weight.T``.
 
     Args:
@@ -28,12 +31,13 @@ def panel_linear(inputs: int, outputs: int, dtype: str, panel: int, tokens: int)
         dtype: of every argument: float32, bfloat16 or float16.
         panel: P, a multiple of 16.
         tokens: most tokens in one register tile.
+        dot: see ``tile.Registers``.
 
     Returns:
         A function of x [n, K], weight panels [1, N/P, K, P] and the result y [n, N], for
-        1 <= n <= MAX_TOKENS.
+        1 <= n <= CHUNK_TOKENS.
     """
-    panels = -(-outputs // panel)
+    panels, dot = -(-outputs // panel), in_pairs(dot, dtype, inputs)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("panel_linear")
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
@@ -41,11 +45,12 @@ def panel_linear(inputs: int, outputs: int, dtype: str, panel: int, tokens: int)
         x = T.arg("x", T.buffer((n, inputs), dtype))
         weight = T.arg("weight", T.buffer((1, panels, inputs, panel), dtype))
         y = T.arg("y", T.buffer((n, outputs), dtype))
-        x32 = T.alloc_buffer((MAX_TOKENS, inputs + LANES), "float32")
-        y32 = T.alloc_buffer((MAX_TOKENS, panels * panel + LANES), "float32")
+        x32 = T.alloc_buffer((CHUNK_TOKENS, inputs + LANES), "float32")
+        y32 = T.alloc_buffer((CHUNK_TOKENS, panels * panel + LANES), "float32")
 
-        with T.serial(n) as t:
-            widen_row(x, x32, t)
+        if not dot:
+            with T.serial(n) as t:
+                widen_row(x, x32, t)
         with T.parallel(panels) as p:
             add_products(
                 weight,
@@ -53,9 +58,10 @@ def panel_linear(inputs: int, outputs: int, dtype: str, panel: int, tokens: int)
                 p,
                 (0, n),
                 tokens,
-                source=lambda t: (x32, t),
+                source=lambda t: (x if dot else x32, t),
                 target=lambda t: (y32, t),
                 accumulate=False,
+                dot=dot,
             )
             with T.serial(n) as t, T.serial(panel // LANES) as v:
                 store_row(y32, y, t, T.bind(p * panel + v * LANES))

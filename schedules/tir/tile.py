@@ -6,20 +6,34 @@ time; vectors are explicit, and LLVM splits them to what the target has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import DataType, tirx
 from tvm.tirx.script.builder import ir as T
 
 LANES = 16
-MAX_TOKENS = 64
 #: Terms summed before they join the total: rounding grows with BLOCK + depth / BLOCK, not depth.
 BLOCK = 32
 #: How far ahead of its use a weight is fetched: hardware stops at the end of each 4 kB page.
 PREFETCH_BYTES = 6144
 CACHE_LINE_BYTES = 64
+
+
+class Registers(NamedTuple):
+    """What a CPU's vector registers hold, and can do.
+
+    Attributes:
+        widest: most outputs of a panel, a multiple of 16.
+        tokens: most tokens in one register tile.
+        dot: whether there is an instruction for pairs of bfloat16 products (Arm's ``bfdot``).
+    """
+
+    widest: int
+    tokens: int
+    dot: bool
 
 
 @dataclass(frozen=True)
@@ -30,11 +44,13 @@ class Tiling:
         up_panel: P of the up (and gate) panels, a multiple of 16.
         down_panel: P of the down panels, a multiple of 16.
         tokens: most tokens in one register tile.
+        dot: whether to sum bfloat16 products in pairs, see :class:`Registers`.
     """
 
     up_panel: int
     down_panel: int
     tokens: int
+    dot: bool = False
 
 
 def broadcast(value: Any) -> Any:
@@ -122,13 +138,63 @@ def at(column: Any) -> Any:
     return T.ramp(column, 1, LANES)
 
 
-def _prefetch(weights: Any, expert: Any, panel: Any, k: Any, itemsize: int) -> None:
-    """Fetches what lies ``PREFETCH_BYTES`` after row ``k`` of a panel into the L2 cache."""
-    width = int(weights.shape[-1])
-    rows = PREFETCH_BYTES // (width * itemsize)
-    for lane in range(0, width, CACHE_LINE_BYTES // itemsize):
-        address = T.address_of(weights[expert, panel, k + rows, lane])
+def _prefetch(weights: Any, expert: Any, panel: Any, k: Any, rows: int = 1) -> None:
+    """Fetches what lies ``PREFETCH_BYTES`` after some rows of a panel into the L2 cache."""
+    width, itemsize = int(weights.shape[-1]), DataType(str(weights.dtype)).itemsize
+    ahead = PREFETCH_BYTES // (width * itemsize)
+    for element in range(0, rows * width, CACHE_LINE_BYTES // itemsize):
+        row, lane = divmod(element, width)
+        address = T.address_of(weights[expert, panel, k + (ahead + row), lane])
         T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+
+
+#: ``sum + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`` for the four lanes i of ``sum``.  Through LLVM's
+#: own language because TVM has bfloat16 vectors as integers, which the intrinsic does not take.
+#: Weak: every kernel of a module brings it.
+_BFDOT = """
+define weak_odr hidden <4 x float> @blockffn_bfdot(<4 x float> %sum, <8 x i16> %a, <8 x i16> %b)
+    alwaysinline {
+  %x = bitcast <8 x i16> %a to <8 x bfloat>
+  %y = bitcast <8 x i16> %b to <8 x bfloat>
+  %r = call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(
+      <4 x float> %sum, <8 x bfloat> %x, <8 x bfloat> %y)
+  ret <4 x float> %r
+}
+declare <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(
+    <4 x float>, <8 x bfloat>, <8 x bfloat>)
+"""
+
+
+def in_pairs(dot: bool, dtype: str, depth: Any) -> bool:
+    """Whether products of ``depth`` terms are summed in pairs: bfloat16, an even number."""
+    return dot and dtype == "bfloat16" and isinstance(depth, int) and depth % 2 == 0
+
+
+def _add_pair(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: list[Any]) -> None:
+    """Adds the products with rows ``k`` and ``k + 1`` of a panel, ``place`` = [expert, panel, k].
+
+    Args:
+        sums: a buffer float32 [P] for each token.
+        inputs: (buffer bfloat16, or its bits, row) of each token.
+        weights: panels.
+        place: of the first of the two rows.
+    """
+    *panel, k = place
+    shares = []
+    for buffer, row in inputs:
+        both = T.bind(T.reinterpret("uint32", buffer[row, T.ramp(k, 1, 2)]))
+        shares.append(T.bind(T.reinterpret("uint16x8", T.broadcast(both, 4))))
+    for v in range(0, int(weights.shape[-1]), LANES):
+        rows = [
+            T.bind(T.reinterpret(f"uint16x{LANES}", weights[*panel, k + i, at(v)])) for i in (0, 1)
+        ]
+        for lane in range(0, LANES, 4):
+            order = [i for column in range(lane, lane + 4) for i in (column, LANES + column)]
+            pairs = T.bind(T.Shuffle(rows, [T.int32(i) for i in order]))
+            four = T.ramp(v + lane, 1, 4)
+            for total, share in zip(sums, shares, strict=True):
+                value = T.call_extern("float32x4", "blockffn_bfdot", total[four], share, pairs)
+                T.buffer_store(total, value, [four])
 
 
 def add_products(
@@ -140,6 +206,7 @@ def add_products(
     source: Callable[[Any], tuple[Any, Any]],
     target: Callable[[Any], tuple[Any, Any]],
     accumulate: bool,
+    dot: bool,
 ) -> None:
     """``target[panel] (+)= source @ weights[expert, panel]`` for every pair.
 
@@ -151,9 +218,10 @@ def add_products(
         panel: second index.
         pairs: first and last + 1.
         most: pairs whose sums registers hold.
-        source: pair to the (buffer, row) of its K inputs in float32.
+        source: pair to the (buffer, row) of its K inputs, in float32 or, with ``dot``, bfloat16.
         target: pair to the (buffer, row) of its N outputs in float32.
         accumulate: add to what is in ``target``.
+        dot: sum products in pairs; see :func:`in_pairs`.
     """
     depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
     vectors, column = range(0, width, LANES), panel * width
@@ -165,19 +233,28 @@ def add_products(
         for total in sums:
             for v in vectors:
                 T.buffer_store(total, f32(0), [at(v)])
-        with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
-            k = T.bind(block * BLOCK + step)
-            _prefetch(weights, expert, panel, k, DataType(dtype).itemsize)
-            loaded = [T.bind(widen(weights[expert, panel, k, at(v)], dtype)) for v in vectors]
-            for (buffer, row), total in zip(inputs, sums, strict=True):
-                scalar = broadcast(buffer[row, k])
-                for v, vector in zip(vectors, loaded, strict=True):
-                    T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
+        if dot:
+            with T.serial(T.min(BLOCK // 2, depth // 2 - block * (BLOCK // 2))) as step:
+                k = T.bind(block * BLOCK + step * 2)
+                _prefetch(weights, expert, panel, k, rows=2)
+                _add_pair(sums, inputs, weights, [expert, panel, k])
+        else:
+            add_each(inputs, sums, block)
         for i, total in enumerate(sums):
             buffer, row = target(begin + i)
             for v in vectors:
                 place = [row, at(column + v)]
                 T.buffer_store(buffer, buffer[*place] + total[at(v)], place)
+
+    def add_each(inputs: Sequence[Any], sums: Sequence[Any], block: Any) -> None:
+        with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
+            k = T.bind(block * BLOCK + step)
+            _prefetch(weights, expert, panel, k)
+            loaded = [T.bind(widen(weights[expert, panel, k, at(v)], dtype)) for v in vectors]
+            for (buffer, row), total in zip(inputs, sums, strict=True):
+                scalar = broadcast(buffer[row, k])
+                for v, vector in zip(vectors, loaded, strict=True):
+                    T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
 
     if not accumulate:
         with T.serial(pairs[1] - pairs[0]) as i:
@@ -188,7 +265,9 @@ def add_products(
     total = T.bind(pairs[1] - pairs[0])
     tiles = T.bind(T.max((total + (most - 1)) // most, 1))
     least, larger = T.bind(total // tiles), T.bind(total % tiles)
-    with T.serial((depth + (BLOCK - 1)) // BLOCK) as block, T.serial(tiles) as j:
+    code = T.attr(0, "pragma_import_llvm", _BFDOT) if dot else contextlib.nullcontext()
+    blocks = (depth + (BLOCK - 1)) // BLOCK
+    with code, T.serial(blocks) as block, T.serial(tiles) as j:
         # Read back from a variable: TVM's arithmetic would carry the quotients through every index
         # of the tile, which took most of the time to compile.
         start = T.alloc_buffer((1,), "int32")

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from blockffn_compile.aot.bundle import ALIGNMENT, read_manifest
+from blockffn_compile.aot.bundle import ALIGNMENT
 from blockffn_compile.aot.compiler import build
+from blockffn_compile.aot.manifest import read_manifest
 from blockffn_compile.models.checkpoint import save_model
 from tests.conftest import make_config
 

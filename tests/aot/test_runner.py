@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,37 +19,14 @@ from blockffn_compile.speculative.acceptance import accept
 from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
 from blockffn_compile.speculative.sampling import Sampler
+from tests.aot.running import EMULATOR, PROMPT, assert_refused, make_runner, new_tokens, run
 
-SOURCE = Path(__file__).parents[2] / "runners/cpp"
-EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")
-PROMPT = [719, 603, 546, 199, 504, 1280, 432, 26, 274, 337, 472, 597, 527, 273, 300, 263, 287, 14]
 TINY = [(11 * i * i + 5) % 300 for i in range(100)]  # more than one chunk
-
-Result = subprocess.CompletedProcess[str]
-
-
-def make_runner(folder: Path, *options: str) -> Path:
-    """The runner and its libraries, installed."""
-    work, out = str(folder / "build"), str(folder / "runner")
-    for command in (
-        ["-S", str(SOURCE), "-B", work, f"-DPython_EXECUTABLE={sys.executable}", *options],
-        ["--build", work, "--parallel", "2"],
-        ["--install", work, "--strip", "--prefix", out],
-    ):
-        result = subprocess.run(["cmake", *command], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "runner/blockffn-run"
 
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_runner(tmp_path_factory.mktemp("native"))
-
-
-@pytest.fixture(scope="module")
-def arm_runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("arm64")
-    return make_runner(folder, "-DCMAKE_TOOLCHAIN_FILE=arm64.cmake")
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +40,6 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder / target
 
     return make
-
-
-def run(command: Sequence[str | Path], tokens: Sequence[int], *options: str) -> Result:
-    ids = ",".join(map(str, tokens))
-    return subprocess.run(
-        [*map(str, command), "--tokens", ids, "--threads", "1", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def new_tokens(result: Result) -> list[int]:
-    assert result.returncode == 0, result.stderr
-    return [int(token) for token in result.stdout.split(",")]
 
 
 def greedy(bundle: Path, prompt: Sequence[int], count: int) -> list[int]:
@@ -272,12 +233,6 @@ def test_verify_hashes_the_weights(runner, bundle, tmp_path):
 )
 def test_wrong_options(runner, bundle, tokens, options, message):
     assert_refused(run([runner, bundle], tokens, *options), message)
-
-
-def assert_refused(result: Result, message: str) -> None:
-    assert (result.returncode, result.stdout) == (1, ""), result.stderr
-    assert "error: " in result.stderr
-    assert message in result.stderr
 
 
 # --- Arm ------------------------------------------------------------------------------------------

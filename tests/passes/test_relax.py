@@ -19,11 +19,12 @@ from blockffn_compile.aot.kernels import CpuKernels, pack
 from blockffn_compile.layer import BlockFFN, BlockFFNSpec
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined
 from blockffn_compile.passes.relax import BlockFFNPass, Rewritten, find, rewrite
+from blockffn_compile.schedules.tir.tile import Registers
 from tests.passes.near_misses import NEAR_MISSES, OTHERS
 from tests.passes.spellings import MATCHES, E, H, S, Spelling, T
 
 #: Narrow and of one token a tile: they compile fast.
-KERNELS = CpuKernels(16, 1)
+KERNELS = CpuKernels(Registers(16, 1, False))
 TARGET = tvm.target.Target({"kind": "llvm", "opt-level": 0})
 #: Largest difference, relative to the largest output.
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
