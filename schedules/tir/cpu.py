@@ -9,8 +9,8 @@ Steps:
 3. Down: for each output panel, add every active expert's contribution to its tokens.
 
 The sum of one output is formed in fp32 in one fixed order, whatever the other tokens are: fused
-multiply-adds over blocks of k, blocks in ascending order, experts in ascending order.  Rows are
-bit-identical alone or in a chunk.
+multiply-adds over blocks of k, or pairs of products where the CPU has an instruction for these,
+blocks in ascending order, experts in ascending order.  Rows are bit-identical alone or in a chunk.
 
 Weights are panels [E, N/P, K, P] (see ``schedules/packing.py``).
 """
@@ -130,9 +130,8 @@ def chunk_sparse_ffn(
             poison = T.alloc_buffer((1,), "float32")
             T.buffer_store(poison, T.float32(0), [0])
             with T.If(used[t] == 0), T.Then(), T.serial(h) as i:
-                T.buffer_store(
-                    poison, T.fma(widen(x[t, i], dtype, 1), T.float32(0), poison[0]), [0]
-                )
+                value = widen(x[t, i], dtype, 1)
+                T.buffer_store(poison, T.fma(value, T.float32(0), poison[0]), [0])
             with T.serial(down_panels * down_p // LANES) as v:
                 T.buffer_store(y32, broadcast(poison[0]), [t, at(v * LANES)])
 
