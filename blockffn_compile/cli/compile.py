@@ -36,7 +36,8 @@ def compile_bundle(
     """Compile a checkpoint with TVM to a bundle: native code, packed weights, tokenizer.
 
     A bundle runs with `blockffn run`, which needs TVM and NumPy but no PyTorch, or from C++. Its
-    kernels run only the experts that are on. Code for arm64 is linked by aarch64-linux-gnu-g++.
+    kernels run only the experts that are on. Code for Arm is linked by aarch64-linux-gnu-g++;
+    arm64-bf16 is for Arm CPUs with bf16 instructions, which it uses in bfloat16.
 
     Examples:
 
