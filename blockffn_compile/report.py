@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from blockffn_compile.layer import BlockFFNSpec
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Result
+from blockffn_compile.passes.verification import QuantisedMatch
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Layer:
         reason: why not; empty for a rewritten layer.
         spec: what it computes; None for a declined layer.
         router: what makes the scores of a rewritten layer sparse, and their norm.
+        weights: type of the weights, if the rewrite quantised them.
+        error: what that costs; see :class:`~blockffn_compile.passes.verification.QuantisedMatch`.
     """
 
     name: str
@@ -27,6 +31,8 @@ class Layer:
     reason: str = ""
     spec: BlockFFNSpec | None = None
     router: str = ""
+    weights: str = ""
+    error: float = 0.0
 
     @property
     def description(self) -> str:
@@ -36,7 +42,8 @@ class Layer:
         s = self.spec
         act = f"gated {s.act}" if s.gated else s.act
         size = f"{s.num_experts} experts of {s.expert_size}, hidden {s.hidden_size}"
-        return f"{size}, {act}, {s.layout}, scores: {self.router}"
+        text = f"{size}, {act}, {s.layout}, scores: {self.router}"
+        return f"{text}, {self.weights}: error {self.error:.1%}" if self.weights else text
 
 
 @dataclass(frozen=True)
@@ -61,5 +68,8 @@ def report(results: Iterable[Result]) -> Report:
 
 def _layer(result: Result) -> Layer:
     if isinstance(result, BlockFFNMatch):
-        return Layer(result.name, "rewritten", spec=result.spec, router=result.router)
+        layer = Layer(result.name, "rewritten", spec=result.spec, router=result.router)
+        if not isinstance(result, QuantisedMatch):
+            return layer
+        return dataclasses.replace(layer, weights=result.weights, error=result.error)
     return Layer(result.name, "declined", result.reason)

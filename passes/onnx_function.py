@@ -6,7 +6,8 @@ Attribute: ``act``.  A runtime that has no kernel for the operator runs this bod
 
 The body loops over the experts that any token uses.  Their rows are gathered expert by expert, so
 that the copy stays in the core's cache, and row by row, because runtimes share a gather among
-threads by rows.  Where many experts are used, two matrix products over all of them are faster.
+threads by rows.  The sum starts at zero, or at NaN for a token that has one in ``x``, which may
+use no expert.  Where many experts are used, two matrix products over all of them are faster.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import onnx_ir as ir
 from onnx import parser
 
 from blockffn_compile.layer import Activation
+from blockffn_compile.passes.onnx_emit import Emitter, opset, weights
+from blockffn_compile.passes.recognizer import BlockFFNMatch
 
 DOMAIN, NAME, VERSION = "com.blockffn", "ChunkSparseFFN", 1
 
@@ -80,7 +83,11 @@ _BODY = """
             one_row = Constant <value_int = 1> ()
             rows_of_first = Range (zero, size, one_row)
             y_shape = Shape (x)
-            y_0 = ConstantOfShape (y_shape)
+            x_f = Cast <to = 1> (x)
+            no_f = Constant <value_float = 0.0> ()
+            nan_or_zero = Mul (x_f, no_f)
+            of_token = ReduceSum (nan_or_zero, last)
+            y_0 = Expand (of_token, y_shape)
             true_i = Constant <value_int = 1> ()
             true = Cast <to = 9> (true_i)
             y_f = Loop (count, true, y_0) <
@@ -148,3 +155,39 @@ def function(act: Activation, gated: bool, opset: int, overload: str = "") -> ir
         project_all=project("up_rows", "gate_rows"),
     )
     return ir.serde.deserialize_function(parser.parse_function(text))
+
+
+class FunctionEmitter(Emitter):
+    """Replaces layers by the operator, and gives the model its function."""
+
+    def __init__(self, model: ir.Model) -> None:
+        super().__init__(model)
+        self._overloads: dict[tuple[str, bool], str] = {}
+
+    def experts(self, match: BlockFFNMatch, x: ir.Value, scores: ir.Value) -> ir.Value:
+        stored = [self.stored(weight, "esh") for weight in weights(match)]
+        return self.op(
+            NAME,
+            *(x, scores, *stored),
+            domain=DOMAIN,
+            overload=self._overload(match),
+            act=match.spec.act,
+        )
+
+    def _overload(self, match: BlockFFNMatch) -> str:
+        """Makes sure that the model has the function, and names it.
+
+        A model whose layers are all of one kind, which is the rule, needs no overloads.
+        """
+        spec, model = match.spec, self.model
+        kind = spec.act, spec.gated
+        if kind not in self._overloads:
+            first = all((f.domain, f.name) != (DOMAIN, NAME) for f in model.functions.values())
+            name = "" if first else f"gated_{spec.act}" if spec.gated else spec.act
+            body = function(spec.act, spec.gated, opset(model), name)
+            model.functions.setdefault(body.identifier(), body)
+            model.opset_imports[DOMAIN] = VERSION
+            # Versions of the file format that brought functions, and overloads of them.
+            model.ir_version = max(model.ir_version, 10 if name else 8)
+            self._overloads[kind] = name
+        return self._overloads[kind]

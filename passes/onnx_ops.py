@@ -94,11 +94,14 @@ def _folded(model: ir.Model) -> dict[str, ir.Value]:
     except Exception as error:  # of whatever an operator of a malformed model does
         log.debug("constants are not folded: %s", error)
         copy = model.clone()
-    for output in copy.graph.outputs:
-        if output.shape is not None and output.shape.is_dynamic():
-            output.shape = None  # exporters make names up where inference would tell the size
-    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
-    return ir.convenience.create_value_mapping(copy.graph, include_subgraphs=False)
+    values = dict[str, ir.Value]()
+    for known in (model.clone(), copy):  # folding drops the names of some
+        for output in known.graph.outputs:
+            if output.shape is not None and output.shape.is_dynamic():
+                output.shape = None  # exporters make names up where inference would tell the size
+        ShapeInferencePass(check_type=False, strict_mode=False)(known)
+        values |= ir.convenience.create_value_mapping(known.graph, include_subgraphs=False)
+    return values
 
 
 def _is_small(node: ir.Node) -> bool | None:

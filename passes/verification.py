@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Result
 
@@ -18,6 +19,19 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 class VerificationError(RuntimeError):
     """A rewritten layer computes something else than the original one."""
+
+
+@dataclass(frozen=True)
+class QuantisedMatch(BlockFFNMatch):
+    """A layer that was rewritten with weights of fewer bits.
+
+    Attributes:
+        weights: their type.
+        error: largest difference of an output on random inputs, relative to the largest output.
+    """
+
+    weights: str
+    error: float
 
 
 def placeable(match: BlockFFNMatch) -> bool:

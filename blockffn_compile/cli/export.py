@@ -13,7 +13,19 @@ from blockffn_compile.cli.common import CheckpointArgument, load_model, reportin
 
 class Flavour(StrEnum):
     portable = "portable"
+    contrib = "contrib"
     dense = "dense"
+
+
+class Quantize(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(help="Type of the experts' weights, for contrib; the table says what it costs."),
+]
 
 
 class ExportDType(StrEnum):
@@ -26,8 +38,12 @@ def export(
     checkpoint: CheckpointArgument = None,
     flavour: Annotated[
         Flavour,
-        typer.Option(help="Sparse layers that any runtime can run, or standard operators alone."),
+        typer.Option(
+            help="Sparse layers that any runtime can run, ONNX Runtime's own operators for them, "
+            "or standard operators alone."
+        ),
     ] = Flavour.portable,
+    quantize: QuantizeOption = None,
     dtype: Annotated[
         ExportDType, typer.Option(help="Of the weights and the computation.")
     ] = ExportDType.float32,
@@ -42,6 +58,8 @@ def export(
     - `blockffn export -o model.onnx`
 
     - `blockffn export path/to/checkpoint -o model.onnx --dtype float16`
+
+    - `blockffn export -o model.onnx --flavour contrib --quantize int8`
     """
     import torch
     from rich.console import Console
@@ -52,7 +70,7 @@ def export(
 
     model = load_model(checkpoint)
     with (
-        reporting(ModelError),
+        reporting(ModelError, ValueError),
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
         task = bar.add_task("exporting", total=None)
@@ -60,9 +78,10 @@ def export(
             model,
             out,
             flavour=flavour.value,
+            quantize=quantize.value if quantize else None,
             dtype=getattr(torch, dtype),
             with_past=with_past,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if flavour is Flavour.portable:
+    if flavour is not Flavour.dense:
         show_report(report)

@@ -8,24 +8,32 @@ from typing import Annotated
 import typer
 
 from blockffn_compile.cli.common import reporting, show_report
+from blockffn_compile.cli.export import QuantizeOption
 
 
 def rewrite(
     model: Annotated[Path, typer.Argument(help="ONNX file, of any exporter.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
+    contrib: Annotated[
+        bool, typer.Option("--contrib", help="To ONNX Runtime's own operators, MoE and QMoE.")
+    ] = False,
+    quantize: QuantizeOption = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both sides of every rewrite and compare.")
     ] = False,
 ) -> None:
     """Rewrite BlockFFN layers to an operator that runs only the experts that are on.
 
-    The operator comes with a body in standard operators: the new file runs in any runtime.
+    The operator comes with a body in standard operators: the new file runs in any runtime.  Those
+    of --contrib run in ONNX Runtime.
 
     Examples:
 
     - `blockffn rewrite model.onnx -o sparse.onnx`
 
     - `blockffn rewrite model.onnx -o sparse.onnx --verify`
+
+    - `blockffn rewrite model.onnx -o small.onnx --contrib --quantize int8`
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -35,13 +43,15 @@ def rewrite(
     from blockffn_compile.passes.verification import VerificationError
 
     with (
-        reporting(ModelError, VerificationError),
+        reporting(ModelError, VerificationError, ValueError),
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
         task = bar.add_task("rewriting", total=None)
         report = rewrite_model(
             model,
             out,
+            flavour="contrib" if contrib else "portable",
+            quantize=quantize.value if quantize else None,
             verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

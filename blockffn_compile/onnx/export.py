@@ -41,12 +41,13 @@ from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.onnx.files import Progress, save
 from blockffn_compile.passes import onnx as passes
+from blockffn_compile.passes.onnx_contrib import Quantization
 from blockffn_compile.report import Report, report
 
 #: ``portable``: sparse layers as nodes with a function body, which any runtime can run and for
-#: which ONNX Runtime takes our kernels where they are registered.  ``dense``: standard operators
-#: and all experts.
-Flavour = Literal["portable", "dense"]
+#: which ONNX Runtime takes our kernels where they are registered.  ``contrib``: as ONNX Runtime's
+#: own operators for mixtures of experts.  ``dense``: standard operators and all experts.
+Flavour = Literal["portable", "contrib", "dense"]
 
 #: Element types that ONNX Runtime computes with on CPUs.
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}
@@ -65,6 +66,7 @@ def export(
     path: str | Path,
     *,
     flavour: Flavour = "portable",
+    quantize: Quantization | None = None,
     dtype: torch.dtype | None = None,
     with_past: bool = True,
     progress: Progress = lambda done, total: None,
@@ -74,7 +76,9 @@ def export(
     Args:
         model: in eval mode.
         path: the file to write.
-        flavour: ``portable`` or ``dense``.
+        flavour: ``portable``, ``contrib`` or ``dense``.
+        quantize: type of the experts' weights, ``int8`` or ``int4``, for ``contrib``; the report
+            says what it costs.
         dtype: of weights and computation, float32 or float16; default: the model's.
         with_past: with a key-value cache among inputs and outputs.
         progress: called with the weights written so far and their number.
@@ -83,11 +87,15 @@ def export(
         What became of each layer; no entries for ``dense``.
 
     Raises:
-        ValueError: an unknown flavour or an unsupported dtype.
+        ValueError: an unknown flavour or type of weights, or an unsupported dtype.
         ModelError: the file cannot be written.
     """
     if flavour not in get_args(Flavour):
         raise ValueError(f"flavour is {flavour!r}; choose {' or '.join(get_args(Flavour))}")
+    if flavour != "dense":
+        passes.check_options(flavour, quantize)
+    elif quantize:
+        raise ValueError("flavour 'dense' has no quantised weights; choose 'contrib'")
     dtype = dtype or model.lm_head.weight.dtype
     if dtype not in DTYPES:
         raise ValueError(
@@ -97,7 +105,9 @@ def export(
     if dtype != model.lm_head.weight.dtype:
         model = copy.deepcopy(model).to(dtype)
     exported = _trace(model, with_past)
-    layers = passes.rewrite(exported) if flavour == "portable" else []
+    layers = []
+    if flavour != "dense":
+        layers = passes.rewrite(exported, flavour=flavour, quantize=quantize)
     exported.metadata_props[CONFIG] = json.dumps(model.config.to_dict())
     save(exported, path, progress)
     return report(layers)

@@ -11,6 +11,7 @@ import onnxruntime
 from blockffn_compile.onnx.files import ModelError, load
 from blockffn_compile.onnx.headers import HeadersError
 from blockffn_compile.onnx.library import LibraryError, build_library
+from blockffn_compile.passes import onnx_contrib
 from blockffn_compile.passes.onnx_function import DOMAIN, NAME
 
 log = logging.getLogger("blockffn_compile")
@@ -21,10 +22,10 @@ class Session(onnxruntime.InferenceSession):
 
     Attributes:
         flavour: ``native``: by the kernels of our library; ``portable``: by the body of their
-            function; ``dense``: there are none.
+            function; ``contrib``: by ONNX Runtime's own; ``dense``: there are none.
     """
 
-    flavour: Literal["native", "portable", "dense"]
+    flavour: Literal["native", "portable", "contrib", "dense"]
 
 
 def session(
@@ -47,7 +48,8 @@ def session(
         ModelError: the model cannot be read, or ONNX Runtime refuses it or the library.
     """
     model = load(path)
-    sparse = any((node.domain, node.op_type) == (DOMAIN, NAME) for node in model.graph)
+    operators = {(node.domain, node.op_type) for node in model.graph}
+    sparse = (DOMAIN, NAME) in operators
     if sparse and not portable and library is None:
         try:
             library = build_library()
@@ -66,4 +68,6 @@ def session(
     except Exception as error:  # ONNX Runtime's own have no base of theirs
         raise ModelError(f"{path}: ONNX Runtime refuses it: {error}") from error
     opened.flavour = "native" if native else "portable" if sparse else "dense"
+    if not operators.isdisjoint(onnx_contrib.OPERATORS):
+        opened.flavour = "contrib"
     return opened

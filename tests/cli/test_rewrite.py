@@ -27,3 +27,12 @@ def test_bad_files(refused, tmp_path) -> None:
     model.write_text("no model")
     assert "not an ONNX model" in refused("rewrite", model, "-o", tmp_path / "out.onnx")
     assert "the model itself" in refused("rewrite", model, "-o", model)
+
+
+def test_quantises(blockffn, refused, tmp_path) -> None:
+    save(export_script(*LAYER.build()), tmp_path / "model.onnx")
+    names = ("rewrite", tmp_path / "model.onnx", "-o", tmp_path / "out.onnx", "--quantize", "int8")
+    assert "choose 'contrib'" in refused(*names)
+    result = blockffn(*names, "--contrib")
+    assert result.exit_code == 0, result.output
+    assert ", int8: error " in result.stdout.replace("\n", " ")

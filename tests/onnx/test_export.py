@@ -124,6 +124,30 @@ def test_a_dense_export_can_be_rewritten_later(exported, tmp_path):
     assert_close(logits, model(tokens))
 
 
+def test_contrib(onnx_decoder, tmp_path):
+    """Exported with quantised weights, and a dense export rewritten to unquantised ones."""
+    model, dense, _ = onnx_decoder("dense")
+    paths = tmp_path / "int8.onnx", tmp_path / "float32.onnx"
+    reports = (
+        blockffn_compile.onnx.export(model, paths[0], flavour="contrib", quantize="int8"),
+        blockffn_compile.onnx.rewrite(dense, paths[1], flavour="contrib", verify=True),
+    )
+    tokens = torch.tensor([[5, 17, 3]])
+    positions = torch.arange(3)[None]
+    mask = torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    want = model(tokens)
+    errors = []
+    for path, report in zip(paths, reports, strict=True):
+        assert [layer.status for layer in report.layers] == ["rewritten"] * 2
+        session = blockffn_compile.onnx.session(path, threads=1)
+        assert session.flavour == "contrib"
+        logits, _, _ = step(model, session, new_cache(model, 1, 3), tokens, positions, mask)
+        errors.append(((torch.from_numpy(logits) - want).norm() / want.norm()).item())
+    assert errors[1] < 2e-5 < errors[0] < 0.03
+    assert all(0 < layer.error < 0.03 for layer in reports[0].layers)
+    assert paths[0].stat().st_size < paths[1].stat().st_size
+
+
 def test_without_a_cache(make_model, tmp_path):
     model = make_model(make_config())
     blockffn_compile.onnx.export(model, tmp_path / "model.onnx", with_past=False)
@@ -141,10 +165,12 @@ def test_without_a_cache(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flavour": "sparse"}, "flavour is 'sparse'; choose portable or dense"),
+        ({"flavour": "sparse"}, "flavour is 'sparse'; choose portable or contrib or dense"),
+        ({"quantize": "int8"}, "flavour 'portable' has no quantised weights"),
+        ({"flavour": "dense", "quantize": "int8"}, "flavour 'dense' has no quantised weights"),
         ({"dtype": torch.bfloat16}, "bfloat16 has no kernels .* dtype=float32 or float16"),
     ],
-    ids=["flavour", "dtype"],
+    ids=["flavour", "weights", "dense", "dtype"],
 )
 def test_refusals(make_model, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):

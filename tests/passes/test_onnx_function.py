@@ -117,6 +117,16 @@ def test_no_expert_and_no_token(size, dtype):
     assert y.shape == (0, layer.sizes[2])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_nan_of_a_token_without_experts(size):
+    layer = Layer(size)
+    inputs = layer.inputs(3, 0)
+    inputs["x"][1, 0] = math.nan
+    (y,) = layer.session().run(None, inputs)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
+    assert (y[[0, 2]] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("where", ["x", "scores"])
