@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,10 @@ def run(
 
     - `TVM_NUM_THREADS=2 blockffn run bundle -p "import " -n 400`
     """
+    if "torch" not in sys.modules:
+        # TVM imports PyTorch where it can, and its own compiler: seconds, for what no bundle needs.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TVM_USE_RUNTIME_LIB"] = "1"
     from rich.console import Console
 
     from blockffn_compile.aot.bundle import load
