@@ -110,14 +110,15 @@ def greedy(
     texts.start(0, prompt)
     (*_, features) = session.prefill(0, prompt)
     logits = session.head(session.last(features))
-    while texts.lengths[0] < session.max_length:
+    for left in reversed(range(session.max_length - texts.lengths[0])):
         token = int(logits.numpy().astype(np.float32).argmax())
         if token in stop_tokens:
             return
         yield token
-        places = texts.verify({0: DraftTree.root(token)}, 1)
-        logits = session.head(session.trunk(places))
-        texts.commit(0, [0])
+        if left:
+            places = texts.verify({0: DraftTree.root(token)}, 1)
+            logits = session.head(session.trunk(places))
+            texts.commit(0, [0])
 
 
 def as_bytes(entries: tvm.runtime.Tensor) -> NDArray[np.uint8]:
