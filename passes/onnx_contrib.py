@@ -40,11 +40,12 @@ class ContribEmitter(Emitter):
 
     def refusal(self, match: BlockFFNMatch) -> str | None:
         spec, dtype = match.spec, match.x.value.dtype
+        exact = ("float32", "float16") if self.quantize else ("float32",)
         if spec.act == "gelu":
             return "com.microsoft's operators approximate GELU by tanh; take the portable flavour"
         if spec.gated and spec.act != "silu":
             return f"com.microsoft's operators gate by silu, not by {spec.act}"
-        if dtype not in ("float32", "float16")[: 1 + bool(self.quantize)]:
+        if dtype not in exact:
             return f"com.microsoft's operators route {dtype} less exactly; convert to float32"
         if self.quantize == "int4" and (spec.hidden_size % 2 or spec.expert_size % 2):
             return "rows of an odd number of int4 weights do not end with a byte; take int8"

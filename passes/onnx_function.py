@@ -40,8 +40,8 @@ _ACTIVATIONS: dict[Activation, str] = {
 #
 # Sparse if used * (S * H + 35000) * (T + 225) <= E * S * H * (T + 100): for few tokens, an expert
 # in the loop costs 9/4 of what it costs among all of them, as its weights are copied; for many,
-# little more.  Its few nodes cost as much again as 35000 elements of a weight.  (Measured with ONNX
-# Runtime 1.32 on two cores with AVX2 and, at few tokens, AVX-512, at S * H = 262144.)
+# little more.  Its few nodes cost as much again as 35000 elements of a weight.  (Fitted to the loop
+# with ONNX Runtime 1.32 on two cores with AVX2, at S * H = 262144.)
 _BODY = """
 <domain: "{domain}", overload: "{overload}", opset_import: ["": {opset}]>
 {name} <act> ({inputs}) => (y)

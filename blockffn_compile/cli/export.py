@@ -66,11 +66,10 @@ def export(
     from rich.progress import Progress
 
     from blockffn_compile.onnx.export import export as export_model
-    from blockffn_compile.onnx.files import ModelError
 
     model = load_model(checkpoint)
     with (
-        reporting(ModelError, ValueError),
+        reporting(ValueError),  # ModelError is one, too
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
         task = bar.add_task("exporting", total=None)

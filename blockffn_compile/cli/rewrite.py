@@ -38,12 +38,11 @@ def rewrite(
     from rich.console import Console
     from rich.progress import Progress
 
-    from blockffn_compile.onnx.files import ModelError
     from blockffn_compile.onnx.rewrite import rewrite as rewrite_model
     from blockffn_compile.passes.verification import VerificationError
 
     with (
-        reporting(ModelError, VerificationError, ValueError),
+        reporting(ValueError, VerificationError),  # ModelError is a ValueError, too
         Progress(console=Console(stderr=True), transient=True) as bar,
     ):
         task = bar.add_task("rewriting", total=None)
