@@ -6,7 +6,8 @@ Steps:
 2. Up: for each (active expert, panel) and each tile of its tokens, ``x @ up`` with the tile's
    sums in registers, then the activation times the score.  One read of a weight vector serves
    all tokens of the tile.
-3. Down: for each output panel, add every active expert's contribution to its tokens.
+3. Down: for each slice of output panels, which lie side by side, add every active expert's
+   contribution to its tokens.
 
 The sum of one output is formed in fp32 in one fixed order, whatever the other tokens are: fused
 multiply-adds over blocks of k, or pairs of products where the CPU has an instruction for these,
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
@@ -37,6 +38,9 @@ from blockffn_compile.schedules.tir.tile import (
     widen,
     widen_row,
 )
+
+#: Of an expert's down panels that a thread reads in one go, at least one panel.
+SLICE_BYTES = 32768
 
 
 def chunk_sparse_ffn(
@@ -136,15 +140,17 @@ def chunk_sparse_ffn(
                 T.buffer_store(y32, broadcast(poison[0]), [t, at(v * LANES)])
 
         with T.parallel(counts[0] * up_panels) as unit:
-            index, panel = T.bind(unit // up_panels), T.bind(unit % up_panels)
-            expert = T.bind(active[index])
+            index = T.bind(unit // up_panels)
+            here = (T.bind(active[index]), T.bind(unit % up_panels))
+            following = T.bind(T.min(unit + 1, counts[0] * up_panels - 1))
+            then = (T.bind(active[following // up_panels]), T.bind(following % up_panels))
             first, last = T.bind(offset[index]), T.bind(offset[index + 1])
 
             def project(weights: Any, result: Any) -> None:
                 add_products(
                     weights,
-                    expert,
-                    panel,
+                    here,
+                    then,
                     (first, last),
                     tiling.tokens,
                     source=lambda pair: (x if dot_up else x32, T.bind(pair_token[pair])),
@@ -160,7 +166,7 @@ def chunk_sparse_ffn(
             def activate(function: Callable[[Any], Any]) -> None:
                 with T.serial(last - first) as i, T.serial(up_p // LANES) as v:
                     pair = T.bind(first + i)
-                    column = T.bind(panel * up_p + v * LANES)
+                    column = T.bind(here[1] * up_p + v * LANES)
                     value = T.bind(mid[pair, at(column)])
                     if gated:
                         value = value * function(T.bind(gates[pair, at(column)]))
@@ -178,12 +184,22 @@ def chunk_sparse_ffn(
                     with T.If(chosen == number), T.Then():
                         activate(function)
 
-        with T.parallel(down_panels) as panel:
-            with T.serial(counts[0]) as index:
+        itemsize = DataType(dtype).itemsize
+        most = T.bind(T.max(SLICE_BYTES // (s * down_p * itemsize), 1))
+        with T.parallel((down_panels + (most - 1)) // most) as part:
+            begin = T.bind(part * most)
+            width = T.bind(T.min(most, down_panels - begin))
+            with T.serial(counts[0]) as index, T.serial(width) as column:
+                expert, panel = T.bind(active[index]), T.bind(begin + column)
+                following = T.bind(active[T.min(index + 1, counts[0] - 1)])
+                end = T.bind(column + 1 == width)
                 add_products(
                     down,
-                    T.bind(active[index]),
-                    panel,
+                    (expert, panel),
+                    tuple(
+                        T.bind(T.Select(end, *places))
+                        for places in ((following, expert), (begin, panel + 1))
+                    ),
                     (T.bind(offset[index]), T.bind(offset[index + 1])),
                     tiling.tokens,
                     source=lambda pair: (mid16, pair),
@@ -191,6 +207,6 @@ def chunk_sparse_ffn(
                     accumulate=True,
                     dot=dot_down,
                 )
-            with T.serial(n) as t, T.serial(down_p // LANES) as v:
-                store_row(y32, y, t, T.bind(panel * down_p + v * LANES))
+            with T.serial(n) as t, T.serial(width * down_p // LANES) as v:
+                store_row(y32, y, t, T.bind(begin * down_p + v * LANES))
     return builder.get()

@@ -54,8 +54,8 @@ def panel_linear(
         with T.parallel(panels) as p:
             add_products(
                 weight,
-                0,
-                p,
+                (0, p),
+                (0, p + 1),
                 (0, n),
                 tokens,
                 source=lambda t: (x if dot else x32, t),

@@ -138,13 +138,22 @@ def at(column: Any) -> Any:
     return T.ramp(column, 1, LANES)
 
 
-def _prefetch(weights: Any, expert: Any, panel: Any, k: Any, rows: int = 1) -> None:
-    """Fetches what lies ``PREFETCH_BYTES`` after some rows of a panel into the L2 cache."""
+def _ahead(weights: Any, here: Sequence[Any], then: Sequence[Any], k: Any) -> list[Any]:
+    """[expert, panel, k] of what is read ``PREFETCH_BYTES`` after row ``k`` of panel ``here``."""
+    depth, width = weights.shape[2], int(weights.shape[3])
+    row = T.bind(k + PREFETCH_BYTES // (width * DataType(str(weights.dtype)).itemsize))
+    beyond = T.bind(row >= depth)
+    places = zip((*then, row - depth), (*here, row), strict=True)
+    return [T.bind(T.Select(beyond, *place)) for place in places]
+
+
+def _prefetch(weights: Any, place: Sequence[Any], rows: int = 1) -> None:
+    """Fetches rows from ``place`` = [expert, panel, k] on into the L2 cache."""
+    *panel, k = place
     width, itemsize = int(weights.shape[-1]), DataType(str(weights.dtype)).itemsize
-    ahead = PREFETCH_BYTES // (width * itemsize)
     for element in range(0, rows * width, CACHE_LINE_BYTES // itemsize):
         row, lane = divmod(element, width)
-        address = T.address_of(weights[expert, panel, k + (ahead + row), lane])
+        address = T.address_of(weights[*panel, k + row, lane])
         T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
 
@@ -199,8 +208,8 @@ def _add_pair(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: l
 
 def add_products(
     weights: Any,
-    expert: Any,
-    panel: Any,
+    here: tuple[Any, Any],
+    then: tuple[Any, Any],
     pairs: tuple[Any, Any],
     most: int,
     source: Callable[[Any], tuple[Any, Any]],
@@ -214,8 +223,8 @@ def add_products(
 
     Args:
         weights: panels [E, N/P, K, P] of ``dtype``.
-        expert: first index.
-        panel: second index.
+        here: expert and panel.
+        then: those that are read next, which prefetching goes on to.
         pairs: first and last + 1.
         most: pairs whose sums registers hold.
         source: pair to the (buffer, row) of its K inputs, in float32 or, with ``dot``, bfloat16.
@@ -224,7 +233,7 @@ def add_products(
         dot: sum products in pairs; see :func:`in_pairs`.
     """
     depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
-    vectors, column = range(0, width, LANES), panel * width
+    vectors, column = range(0, width, LANES), here[1] * width
 
     def tile(count: int, begin: Any, block: Any) -> None:
         inputs = [source(begin + i) for i in range(count)]
@@ -233,28 +242,27 @@ def add_products(
         for total in sums:
             for v in vectors:
                 T.buffer_store(total, f32(0), [at(v)])
+        *panel, first = _ahead(weights, here, then, block * BLOCK)
         if dot:
             with T.serial(T.min(BLOCK // 2, depth // 2 - block * (BLOCK // 2))) as step:
-                k = T.bind(block * BLOCK + step * 2)
-                _prefetch(weights, expert, panel, k, rows=2)
-                _add_pair(sums, inputs, weights, [expert, panel, k])
+                _prefetch(weights, [*panel, first + step * 2], rows=2)
+                _add_pair(sums, inputs, weights, [*here, T.bind(block * BLOCK + step * 2)])
         else:
-            add_each(inputs, sums, block)
+            with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
+                _prefetch(weights, [*panel, first + step])
+                add_each(inputs, sums, T.bind(block * BLOCK + step))
         for i, total in enumerate(sums):
             buffer, row = target(begin + i)
             for v in vectors:
                 place = [row, at(column + v)]
                 T.buffer_store(buffer, buffer[*place] + total[at(v)], place)
 
-    def add_each(inputs: Sequence[Any], sums: Sequence[Any], block: Any) -> None:
-        with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
-            k = T.bind(block * BLOCK + step)
-            _prefetch(weights, expert, panel, k)
-            loaded = [T.bind(widen(weights[expert, panel, k, at(v)], dtype)) for v in vectors]
-            for (buffer, row), total in zip(inputs, sums, strict=True):
-                scalar = broadcast(buffer[row, k])
-                for v, vector in zip(vectors, loaded, strict=True):
-                    T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
+    def add_each(inputs: Sequence[Any], sums: Sequence[Any], k: Any) -> None:
+        loaded = [T.bind(widen(weights[*here, k, at(v)], dtype)) for v in vectors]
+        for (buffer, row), total in zip(inputs, sums, strict=True):
+            scalar = broadcast(buffer[row, k])
+            for v, vector in zip(vectors, loaded, strict=True):
+                T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
 
     if not accumulate:
         with T.serial(pairs[1] - pairs[0]) as i:
