@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,20 @@ from blockffn_compile.cli.common import reporting, show_report
 from blockffn_compile.cli.export import QuantizeOption
 
 
+class Flavour(StrEnum):
+    portable = "portable"
+    contrib = "contrib"
+
+
 def rewrite(
     model: Annotated[Path, typer.Argument(help="ONNX file, of any exporter.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
-    contrib: Annotated[
-        bool, typer.Option("--contrib", help="To ONNX Runtime's own operators, MoE and QMoE.")
-    ] = False,
+    flavour: Annotated[
+        Flavour,
+        typer.Option(
+            help="To an operator that any runtime can run, or to ONNX Runtime's own, MoE and QMoE."
+        ),
+    ] = Flavour.portable,
     quantize: QuantizeOption = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both sides of every rewrite and compare.")
@@ -24,8 +33,8 @@ def rewrite(
 ) -> None:
     """Rewrite BlockFFN layers to an operator that runs only the experts that are on.
 
-    The operator comes with a body in standard operators: the new file runs in any runtime.  Those
-    of --contrib run in ONNX Runtime.
+    The operator comes with a body in standard operators: the new file runs in any runtime.
+    Operators of the flavour contrib run in ONNX Runtime alone.
 
     Examples:
 
@@ -33,7 +42,7 @@ def rewrite(
 
     - `blockffn rewrite model.onnx -o sparse.onnx --verify`
 
-    - `blockffn rewrite model.onnx -o small.onnx --contrib --quantize int8`
+    - `blockffn rewrite model.onnx -o small.onnx --flavour contrib --quantize int8`
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -49,7 +58,7 @@ def rewrite(
         report = rewrite_model(
             model,
             out,
-            flavour="contrib" if contrib else "portable",
+            flavour=flavour.value,
             quantize=quantize.value if quantize else None,
             verify=verify,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

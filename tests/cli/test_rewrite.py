@@ -33,6 +33,6 @@ def test_quantises(blockffn, refused, tmp_path) -> None:
     save(export_script(*LAYER.build()), tmp_path / "model.onnx")
     names = ("rewrite", tmp_path / "model.onnx", "-o", tmp_path / "out.onnx", "--quantize", "int8")
     assert "choose 'contrib'" in refused(*names)
-    result = blockffn(*names, "--contrib")
+    result = blockffn(*names, "--flavour", "contrib")
     assert result.exit_code == 0, result.output
     assert ", int8: error " in result.stdout.replace("\n", " ")
