@@ -18,8 +18,10 @@ LANES = 16
 #: Terms summed before they join the total: rounding grows with BLOCK + depth / BLOCK, not depth.
 BLOCK = 32
 #: How far ahead of its use a weight is fetched: hardware stops at the end of each 4 kB page.
-PREFETCH_BYTES = 6144
+PREFETCH_BYTES = 12288
 CACHE_LINE_BYTES = 64
+#: Of a panel that meets all tokens while the first-level cache holds it, at least one block.
+CACHED_BYTES = 8192
 
 
 class Registers(NamedTuple):
@@ -219,7 +221,7 @@ def add_products(
 ) -> None:
     """``target[panel] (+)= source @ weights[expert, panel]`` for every pair.
 
-    A block of a panel meets all pairs while the first-level cache holds it.
+    A part of a panel meets all pairs while the first-level cache holds it.
 
     Args:
         weights: panels [E, N/P, K, P] of ``dtype``.
@@ -235,8 +237,13 @@ def add_products(
     depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
     vectors, column = range(0, width, LANES), here[1] * width
 
-    def tile(count: int, begin: Any, block: Any) -> None:
+    def tile(count: int, begin: Any, first: Any, last: Any) -> None:
         inputs = [source(begin + i) for i in range(count)]
+        outputs = [target(begin + i) for i in range(count)]
+        with T.serial(last - first) as step:
+            add_block(inputs, outputs, T.bind(first + step))
+
+    def add_block(inputs: Sequence[Any], outputs: Sequence[Any], block: Any) -> None:
         # One small buffer a pair: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
         sums = [T.alloc_buffer((width,), "float32") for _ in inputs]
         for total in sums:
@@ -251,8 +258,7 @@ def add_products(
             with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
                 _prefetch(weights, [*panel, first + step])
                 add_each(inputs, sums, T.bind(block * BLOCK + step))
-        for i, total in enumerate(sums):
-            buffer, row = target(begin + i)
+        for (buffer, row), total in zip(outputs, sums, strict=True):
             for v in vectors:
                 place = [row, at(column + v)]
                 T.buffer_store(buffer, buffer[*place] + total[at(v)], place)
@@ -275,7 +281,8 @@ def add_products(
     least, larger = T.bind(total // tiles), T.bind(total % tiles)
     code = T.attr(0, "pragma_import_llvm", _BFDOT) if dot else contextlib.nullcontext()
     blocks = (depth + (BLOCK - 1)) // BLOCK
-    with code, T.serial(blocks) as block, T.serial(tiles) as j:
+    together = max(CACHED_BYTES // (BLOCK * width * DataType(dtype).itemsize), 1)
+    with code, T.serial((blocks + (together - 1)) // together) as part, T.serial(tiles) as j:
         # Read back from a variable: TVM's arithmetic would carry the quotients through every index
         # of the tile, which took most of the time to compile.
         start = T.alloc_buffer((1,), "int32")
@@ -285,7 +292,8 @@ def add_products(
         def choose(size: int) -> None:
             with T.If(count == size):
                 with T.Then():
-                    tile(size, begin, block)
+                    first = T.bind(part * together)
+                    tile(size, begin, first, T.bind(T.min(first + together, blocks)))
                 if size < most:
                     with T.Else():
                         choose(size + 1)
