@@ -107,17 +107,24 @@ def relative_error(results: list[Tensor], oracle: list[Tensor]) -> float:
     )
 
 
-def medians(
+def times(
     subjects: dict[str, Callable[[], object]], rounds: int, console: Console
-) -> dict[str, float]:
-    """Median milliseconds a call, subjects interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in subjects}
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, subjects interleaved."""
+    result: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in track(range(rounds), description="timing", console=console, transient=True):
         for name, call in subjects.items():
             start = time.perf_counter()
             call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+            result[name].append((time.perf_counter() - start) * 1e3)
+    return result
+
+
+def medians(
+    subjects: dict[str, Callable[[], object]], rounds: int, console: Console
+) -> dict[str, float]:
+    """Median milliseconds a call, subjects interleaved."""
+    return {k: statistics.median(v) for k, v in times(subjects, rounds, console).items()}
 
 
 def ffn(layers: int, rounds: int, console: Console) -> list[dict[str, Any]]:

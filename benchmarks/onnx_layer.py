@@ -3,7 +3,8 @@
 The fair dense form is two prepacked 2-D products with the scores multiplied in between, several
 times faster than what exporters write.  Every subject runs the same stack of layers with different
 weights, deep enough that no cache holds them, on the same inputs and the same routing, in one
-process, rounds interleaved.  Run: ``python -m benchmarks.onnx_layer [--json FILE]``.
+process, rounds interleaved; the table has the medians of the ratios of each round.
+Run: ``python -m benchmarks.onnx_layer [--json FILE]``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 import functools
 import itertools
 import json
+import operator
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.first_light import medians
+from benchmarks.first_light import times
 from benchmarks.speculative import record
 from blockffn_compile.onnx import build_library
 from blockffn_compile.passes.onnx_function import DOMAIN, NAME, function
@@ -122,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write benchmark records here")
     parser.add_argument("--layers", type=int, default=4, help="layers in the stack (0.1 GB each)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=21, help="timed rounds")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     console = Console()
@@ -156,8 +159,13 @@ def main() -> None:
                     f"{name}: wrong result: error {error:.2e}, dense {errors['dense']:.2e}"
                 )
             calls[name]()
-        ms = {k: v / options.layers for k, v in medians(calls, options.rounds, console).items()}
-        ratios = {name: ms["dense"] / ms[name] for name in BARS}
+        spent = times(calls, options.rounds, console)
+        ms = {name: statistics.median(each) / options.layers for name, each in spent.items()}
+        # Neighbours in time: a busy machine slows both.
+        ratios = {
+            name: statistics.median(map(operator.truediv, spent["dense"], spent[name]))
+            for name in BARS
+        }
         table.add_row(
             str(tokens),
             f"{active:.0%}",

@@ -6,6 +6,7 @@ lacks, or does otherwise than PyTorch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,10 @@ def export(model: BlockFFNForCausalLM) -> tuple[tvm.IRModule, dict[str, str]]:
 
 def _relax(module: nn.Module, arguments: Any, dims: Any, inputs: int) -> tvm.IRModule:
     """The function ``main`` of a module, of which the first ``inputs`` are not weights."""
-    program = torch.export.export(module, arguments, dynamic_shapes=dims).run_decompositions()
+    with warnings.catch_warnings():
+        # PyTorch's own copy of a program uses what PyTorch deprecates.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+        program = torch.export.export(module, arguments, dynamic_shapes=dims).run_decompositions()
     mod = from_exported_program(
         program,
         run_ep_decomposition=False,
@@ -148,6 +152,16 @@ def _rows(node: fx.Node, importer: Any) -> relax.Var:
         (indices,) = indices
     # The default, "fast", checks nothing and warns of that whenever it is compiled.
     taken = relax.op.take(importer.env[table], importer.env[indices], axis=0, mode="clip")
+    return importer.block_builder.emit(taken)
+
+
+def _select(node: fx.Node, importer: Any) -> relax.Var:
+    """One of a known number of parts; see :func:`_rows` for the mode."""
+    args: Any = node.args
+    x, axis, index = args
+    if index < 0:
+        raise ValueError(f"{node.format_node()}: count parts from the first")
+    taken = relax.op.take(importer.env[x], relax.const(index, "int64"), axis=axis, mode="clip")
     return importer.block_builder.emit(taken)
 
 
@@ -196,5 +210,6 @@ CONVERTERS: dict[str, Converter] = {
     "embedding.default": _rows,
     "index.Tensor": _rows,
     "index_put.default": _index_put,
+    "select.int": _select,
     "cached_attention.default": _attention,
 }
