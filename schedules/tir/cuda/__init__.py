@@ -1,0 +1,1 @@
+"""TVM TIR kernels for NVIDIA GPUs, from compute capability 8.0."""

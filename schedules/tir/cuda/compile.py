@@ -1,0 +1,101 @@
+"""CUDA kernels to machine code with NVIDIA's runtime compiler (NVRTC), which needs no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+
+LIBRARY = "libnvrtc.so.13"
+#: The function by which TVM has its CUDA code compiled.
+CALLBACK = "tvm_callback_cuda_compile"
+
+
+def context() -> tvm.transform.PassContext:
+    """How TVM compiles modules with kernels of ``schedules/tir/cuda``."""
+    return tvm.transform.PassContext(
+        # Left to NVRTC: unrolled by TVM, the loops take it ten times as long.
+        config={"tirx.UnrollLoop": {"explicit_unroll": False}},
+        # The buffers are as small as they can be; proving it takes most of the time.
+        disabled_pass=["s_tir.CompactBufferAllocation"],
+    )
+
+
+@contextlib.contextmanager
+def compiling(architecture: str) -> Iterator[None]:
+    """Within it, TVM compiles CUDA code here, for an architecture such as ``sm_87``."""
+    before = tvm_ffi.get_global_func(CALLBACK)
+
+    def compile_here(source: str) -> bytes:
+        return cubin(source, architecture)
+
+    tvm_ffi.register_global_func(CALLBACK, compile_here, override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(CALLBACK, before, override=True)
+
+
+def cubin(source: str, architecture: str) -> bytes:
+    """The machine code of kernels.
+
+    Raises:
+        RuntimeError: NVRTC or the headers are missing, or it refuses the source.
+    """
+    library, include = compiler()
+    options = (
+        f"--gpu-architecture={architecture}",
+        f"--include-path={include}",
+        f"--include-path={include / 'cccl'}",
+        "--device-as-default-execution-space",
+    )
+    program = ctypes.c_void_p()
+    _check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"model.cu", 0, None, None
+        )
+    )
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        if library.nvrtcCompileProgram(program, len(options), arguments):
+            raise RuntimeError(f"CUDA code: {_take(program, 'ProgramLog').decode().strip()}")
+        return _take(program, "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def compiler() -> tuple[ctypes.CDLL, Path]:
+    """NVRTC and the folder of CUDA's headers, from NVIDIA's packages.
+
+    Raises:
+        RuntimeError: they are missing.
+    """
+    spec = find_spec("nvidia")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        root = Path(place) / "cu13"
+        if (root / "lib" / LIBRARY).is_file() and (root / "include/cuda_fp16.h").is_file():
+            library = ctypes.CDLL(str(root / "lib" / LIBRARY))
+            library.nvrtcGetErrorString.restype = ctypes.c_char_p
+            return library, root / "include"
+    raise RuntimeError(f"no CUDA compiler ({LIBRARY}); install blockffn-compile[cuda]")
+
+
+def _take(program: ctypes.c_void_p, what: str) -> bytes:
+    """One of the results of a compilation."""
+    library, size = compiler()[0], ctypes.c_size_t()
+    _check(getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    data = ctypes.create_string_buffer(size.value)
+    _check(getattr(library, f"nvrtcGet{what}")(program, data))
+    return data.raw
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"NVRTC: {compiler()[0].nvrtcGetErrorString(status).decode()}")
