@@ -31,6 +31,7 @@ bench: $(READY) compiler
 # compute-sanitizer is part of the CUDA toolkit; racecheck follows shared memory.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/schedules/triton/on_gpu.py
+	$(BIN)/python -m pytest tests/aot/on_gpu.py
 	@if command -v compute-sanitizer >/dev/null; then \
 	  for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 \

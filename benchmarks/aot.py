@@ -163,8 +163,9 @@ def stock(layers: int, console: Console) -> list[dict[str, Any]]:
             module.router_proj = Replayed(module.router_proj.weight, generator)  # type: ignore
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     with console.status("exporting and compiling"):
-        mod, names = export(model)
-        ours, done = rewrite(mod, "trunk", CpuKernels(get_target("native").registers))
+        kernels = CpuKernels(get_target("native").registers)
+        mod, names = export(model, kernels)
+        ours, done = rewrite(mod, "trunk", kernels)
         machines = {"bundle's pass": machine(ours), "TVM's default pipeline": machine(mod)}
 
     def weights(module: tvm.IRModule, panels: dict[str, Panels]) -> list[Any]:

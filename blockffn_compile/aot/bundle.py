@@ -13,7 +13,7 @@ A bundle holds these files and needs no other:
     A shared library for the manifest's target, with the functions below as the executable of
     TVM's Relax virtual machine (TVM 0.27: load the module, call its function
     ``vm_load_executable``, and on the result ``vm_initialization`` with the three integers
-    device type 1, device id 0, allocator 2).
+    device type 1, device id 0, allocator 2; with a GPU, the integers 2, 0, 2, 1, 0, 2).
 ``weights.safetensors``
     Every weight, at a multiple of 64 bytes from the start of the file, so that the file can be
     mapped to memory.  Tensors named ``padding.N`` are there for that.  A name that ends in
@@ -43,8 +43,13 @@ A bundle holds these files and needs no other:
     Logits [N, vocab_size] of features [N, hidden_size], N from 1 to ``max_tokens``; ``weights`` as
     ``head_weights`` names them.
 
-All tensors are contiguous, on the CPU, at addresses that are multiples of 64.  To keep only some
-nodes of a tree, a caller moves their cache entries together, behind the context.
+``move(rows, sources, slots, cache)``
+    Copies cache entries, each of the row ``rows[i]`` from the slot ``sources[i]`` to ``slots[i]``,
+    one after the other; three tensors int64 [n].  To keep only some nodes of a tree, a caller moves
+    their entries together, behind the context.
+
+All tensors are contiguous, at addresses that are multiples of 64, on the CPU or, where the manifest
+has a ``compute_capability``, on an NVIDIA GPU of that.  Calls only add to what the GPU has to do.
 """
 
 from __future__ import annotations
@@ -62,6 +67,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from blockffn_compile.aot.gpu import CudaError, load_runtime
 from blockffn_compile.aot.machine import cpu_features
 from blockffn_compile.aot.manifest import (
     CODE,
@@ -91,24 +97,28 @@ class Bundle(NamedTuple):
         manifest: checked.
         trunk: the function.
         head: the function.
+        move: the function.
         trunk_weights: its last argument.
         head_weights: its last argument.
+        device: where all tensors are.
     """
 
     path: Path
     manifest: Manifest
     trunk: Any
     head: Any
+    move: Any
     trunk_weights: Any
     head_weights: Any
+    device: tvm.runtime.Device
 
 
 def load(path: str | Path, *, verify: bool = False) -> Bundle:
     """Checks a bundle and loads it; see the module's text for whom to trust.
 
     Nothing of it runs before the manifest, the machine and the hash of the code were checked.  The
-    weights, which are mapped to memory, are hashed when the file has changed since it last was, or
-    is new on this machine: gigabytes take seconds.
+    weights, which are mapped to memory, or copied to the GPU, are hashed when the file has changed
+    since it last was, or is new on this machine: gigabytes take seconds.
 
     Args:
         path: the directory.
@@ -137,16 +147,22 @@ def load(path: str | Path, *, verify: bool = False) -> Bundle:
     from tvm.runtime.vm import VirtualMachine
 
     check_version(path, manifest, tvm.__version__)
+    device = tvm.cpu()
+    if manifest.compute_capability:
+        check_gpu(path, manifest)
+        device = tvm.cuda()
     try:
-        machine = VirtualMachine(tvm.runtime.load_module(str(path / CODE)), tvm.cpu())
-        trunk, head = machine["trunk"], machine["head"]
+        machine = VirtualMachine(tvm.runtime.load_module(str(path / CODE)), device)
+        trunk, head, move = (machine[name] for name in ("trunk", "head", "move"))
     except Exception as error:  # whatever TVM raises for code that is none of its own
         raise BundleError(f"{path / CODE}: TVM cannot load it: {error}") from None
-    arrays = (
+    if manifest.compute_capability:
+        tensors = {name: weight.copyto(device) for name, weight in tensors.items()}
+    trunk_weights, head_weights = (
         tvm_ffi.Array([tensors[name] for name in names])
         for names in (manifest.trunk_weights, manifest.head_weights)
     )
-    return Bundle(path, manifest, trunk, head, *arrays)
+    return Bundle(path, manifest, trunk, head, move, trunk_weights, head_weights, device)
 
 
 def check_machine(path: Path, manifest: Manifest) -> None:
@@ -160,6 +176,28 @@ def check_machine(path: Path, manifest: Manifest) -> None:
         raise BundleError(
             f"{path}: built for {manifest.target}; this CPU lacks {', '.join(lacking)}: build the "
             "bundle for another target (blockffn compile --target)"
+        )
+
+
+def check_gpu(path: Path, manifest: Manifest) -> None:
+    """Raises BundleError where TVM finds no GPU that the bundle was built for."""
+    import tvm
+
+    built = f"{path}: built for an NVIDIA GPU of compute capability {manifest.compute_capability}"
+    try:
+        load_runtime()
+    except CudaError as error:
+        raise BundleError(
+            f"{built}; CUDA cannot be used here: {error}. It needs NVIDIA's driver and the "
+            "package nvidia-cuda-runtime, version 13"
+        ) from None
+    gpu = tvm.cuda()
+    if not gpu.exist:
+        raise BundleError(f"{built}; there is none here")
+    if gpu.compute_version != manifest.compute_capability:
+        raise BundleError(
+            f"{built}; this one has {gpu.compute_version}: build the bundle for another target "
+            "(blockffn compile --target)"
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from tvm.support import cc
 
 from blockffn_compile import __version__
 from blockffn_compile.aot.bundle import file_hash
-from blockffn_compile.aot.export import STEP_INPUTS, export
-from blockffn_compile.aot.kernels import CpuKernels
+from blockffn_compile.aot.export import MOVE_INPUTS, STEP_INPUTS, export
+from blockffn_compile.aot.gpu import load_runtime_for_building
+from blockffn_compile.aot.kernels import CpuKernels, CudaKernels
 from blockffn_compile.aot.manifest import (
     CODE,
     FILES,
@@ -27,7 +29,7 @@ from blockffn_compile.aot.manifest import (
     WEIGHTS,
     Manifest,
 )
-from blockffn_compile.aot.targets import Target, get_target
+from blockffn_compile.aot.targets import Gpu, Target, get_target
 from blockffn_compile.aot.weights import Read, Weight, write
 from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.models.checkpoint import open_checkpoint
@@ -36,6 +38,8 @@ from blockffn_compile.models.modeling import BlockFFNForCausalLM, RotaryEmbeddin
 from blockffn_compile.passes.recognizer import Declined
 from blockffn_compile.passes.relax import rewrite
 from blockffn_compile.passes.relax_emit import Panels
+from blockffn_compile.schedules.tir import build as cpu
+from blockffn_compile.schedules.tir.cuda import compile as cuda
 
 log = logging.getLogger("blockffn_compile")
 
@@ -59,8 +63,8 @@ def build(
 
     Args:
         model: a model, or the directory of a checkpoint.
-        target: ``native``, ``x86-64-v3``, ``x86-64-v4``, ``arm64`` or
-            ``arm64-bf16``.
+        target: ``native``, ``x86-64-v3``, ``x86-64-v4``, ``arm64``, ``arm64-bf16``,
+            ``cuda-sm87`` or ``cuda-sm90``.
         out: the directory to make; one that is there must be empty, or a bundle to replace.
         dtype: of weights and cache; default: as stored.
         tokenizer: ``tokenizer.json`` to put in; default: the checkpoint's.
@@ -73,7 +77,7 @@ def build(
         ValueError: the target is unknown, ``out`` holds something else, or the model has a form
             that bundles do not support.
         CheckpointError: the checkpoint cannot be read.
-        RuntimeError: the compiler or linker failed.
+        RuntimeError: a compiler or the linker is missing, or failed.
     """
     kind, out = get_target(target), Path(out)
     if out.exists() and not (out.is_dir() and _replaceable(out)):
@@ -91,9 +95,10 @@ def build(
     progress("exporting", 0, 1)
     with torch.device("meta"):  # its form is all that is needed
         form = BlockFFNForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    mod, names = export(form)
+    gpu = kind.gpu
+    kernels = CpuKernels(kind.registers) if gpu is None else CudaKernels(gpu.programs)
+    mod, names = export(form, kernels)
     progress("rewriting", 0, 1)
-    kernels = CpuKernels(kind.registers)
     functions: dict[str, dict[str, Weight]] = {}
     for name in ("trunk", "head"):
         mod, done = rewrite(mod, name, kernels)
@@ -102,6 +107,7 @@ def build(
                 log.warning("%s runs every expert: %s", layer.name, layer.reason)
         functions[name] = _weights(mod[name], names, done.panels)
         mod[name] = _with_arrays(mod[name], len(STEP_INPUTS) if name == "trunk" else 1)
+    mod["move"] = _with_arrays(mod["move"], len(MOVE_INPUTS))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -175,14 +181,23 @@ def _compile(mod: tvm.IRModule, target: Target, path: Path) -> None:
         raise RuntimeError(f"no linker for {target.name} ({linker}); install it")
     # Without a build id, which would depend on temporary names.
     link = cc.cross_compiler(linker, options=["-shared", "-fPIC", "-s", "-Wl,--build-id=none"])
-    executable(mod, target.tvm).export_library(str(path), fcompile=link)
+    with contextlib.nullcontext() if target.gpu is None else _for(target.gpu):
+        executable(mod, target.tvm).export_library(str(path), fcompile=link)
+
+
+@contextlib.contextmanager
+def _for(gpu: Gpu) -> Iterator[None]:
+    """Within it, TVM compiles for a GPU, which need not be there."""
+    cuda.compiler()  # before the minutes that it takes to come to it
+    load_runtime_for_building()
+    with cuda.compiling(gpu.architecture):
+        yield
 
 
 def executable(mod: tvm.IRModule, target: tvm.target.Target) -> relax.VMExecutable:
     """What TVM's default pipeline makes of a module, with squares as products."""
     mod = relax.transform.LegalizeOps({"relax.power": _power})(mod)
-    # The buffers of our kernels are as small as they can be; proving it takes most of the time.
-    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+    with cuda.context() if target.kind.name == "cuda" else cpu.context():
         # As bytecode: a call costs 60 ns more than in compiled form, which is one function for the
         # whole model and takes minutes to compile.
         return relax.build(mod, target, relax_pipeline=relax.get_default_pipeline(target))
@@ -221,6 +236,7 @@ def _manifest(
         target=target.name,
         architecture=target.architecture,
         cpu_features=list(target.features),
+        compute_capability=target.gpu.capability if target.gpu else "",
         llvm=target.llvm,
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=config.vocab_size,

@@ -6,6 +6,7 @@ lacks, or does otherwise than PyTorch.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +15,19 @@ import torch
 import tvm
 from torch import Tensor, fx, nn
 from torch.export import Dim
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax.frontend.torch import from_exported_program
 
+from blockffn_compile.aot.kernels import StepKernels
 from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.models.cache import StaticCache, TreeStep
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
-from blockffn_compile.schedules.tir.attention import cached_attention
-from blockffn_compile.schedules.tir.cache import store_entries
 from blockffn_compile.schedules.tir.tile import LANES
 
 #: Inputs of a step, int64 [T] each, see :class:`~blockffn_compile.models.cache.TreeStep`.
 STEP_INPUTS = ("tokens", "positions", "rows", "context", "slots", "ancestors")
+#: Inputs of a move, int64 [n] each, see :func:`export`.
+MOVE_INPUTS = ("rows", "sources", "slots")
 
 Converter = Callable[[fx.Node, Any], relax.Var]
 
@@ -60,15 +62,18 @@ class _Head(nn.Module):
         return nn.functional.linear(features * self.scale, weight)
 
 
-def export(model: BlockFFNForCausalLM) -> tuple[tvm.IRModule, dict[str, str]]:
-    """The functions ``trunk`` and ``head`` of a model; no weight is read.
+def export(model: BlockFFNForCausalLM, kernels: StepKernels) -> tuple[tvm.IRModule, dict[str, str]]:
+    """The functions ``trunk``, ``head`` and ``move`` of a model; no weight is read.
 
     ``trunk(*STEP_INPUTS, keys 0, values 0, keys 1, ..., weights...)`` returns features [T, H] and
-    writes the cache in place; ``head(features, weight)`` returns logits.  The number of tokens T,
-    at most 64, that of texts and the length of the cache are symbolic.
+    writes the cache in place; ``head(features, weight)`` returns logits; ``move(*MOVE_INPUTS, keys
+    0, values 0, ...)`` copies cache entries of ``rows`` from ``sources`` to ``slots``, one after
+    the other.  The number of tokens T, at most 64, that of texts and the length of the cache are
+    symbolic.
 
     Args:
         model: in eval mode, on any device; on ``meta`` it takes no memory.
+        kernels: for attention and the cache.
 
     Returns:
         The module, and the name of each weight in the model's state by that of its parameter.
@@ -95,15 +100,19 @@ def export(model: BlockFFNForCausalLM) -> tuple[tvm.IRModule, dict[str, str]]:
         (inputs, tuple(entries), weights),
         (({0: few},) * len(inputs), (sizes,) * len(entries), dict.fromkeys(weights)),
         len(inputs) + len(entries),
+        kernels,
     )
-    head = _relax(_Head(model), (features, weight), ({0: many}, None), 1)
+    head = _relax(_Head(model), (features, weight), ({0: many}, None), 1, kernels)
+    move = _move(entries, kernels)
     names = {f"weights_{name.replace('.', '_')}": f"model.{name}" for name in weights}
     tied = config.tie_word_embeddings
     names["weight"] = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    return _merge({"trunk": trunk, "head": head}), names
+    return _merge({"trunk": trunk, "head": head, "move": move}), names
 
 
-def _relax(module: nn.Module, arguments: Any, dims: Any, inputs: int) -> tvm.IRModule:
+def _relax(
+    module: nn.Module, arguments: Any, dims: Any, inputs: int, kernels: StepKernels
+) -> tvm.IRModule:
     """The function ``main`` of a module, of which the first ``inputs`` are not weights."""
     with warnings.catch_warnings():
         # PyTorch's own copy of a program uses what PyTorch deprecates.
@@ -113,9 +122,38 @@ def _relax(module: nn.Module, arguments: Any, dims: Any, inputs: int) -> tvm.IRM
         program,
         run_ep_decomposition=False,
         unwrap_unit_return_tuple=True,
-        custom_convert_map=CONVERTERS,
+        custom_convert_map=CONVERTERS
+        | {
+            "index_put.default": functools.partial(_index_put, kernels),
+            "cached_attention.default": functools.partial(_attention, kernels),
+        },
     )
     mod["main"] = mod["main"].with_attr("num_input", inputs)
+    return mod
+
+
+def _move(cache: list[Tensor], kernels: StepKernels) -> tvm.IRModule:
+    """The function ``main`` that moves entries of a cache; it returns the cache."""
+    n, batch, length = (tirx.Var(name, "int64") for name in ("n", "b", "l"))
+    inputs = [relax.Var(name, relax.TensorType((n,), "int64")) for name in MOVE_INPUTS]
+    types = []
+    for entries in cache:
+        _, heads, _, dim = entries.shape
+        dtype = str(entries.dtype).removeprefix("torch.")
+        types.append(relax.TensorType((batch, heads, length, dim), dtype))
+    params = [relax.Var(f"cache_{i}", type_) for i, type_ in enumerate(types)]
+    builder = relax.BlockBuilder()
+    with builder.function("main", [*inputs, *params]):
+        moved = []
+        for param in params:
+            _, heads, _, dim = param.ty.shape
+            kernel = kernels.move(int(heads), int(dim), str(param.ty.dtype.dtype))
+            called = _add(builder, kernel)
+            arguments = (param, *inputs)
+            moved.append(builder.emit(relax.op.call_tir_inplace(called, arguments, [0], param.ty)))
+        builder.emit_func_output(relax.Tuple(moved))
+    mod = builder.get()
+    mod["main"] = mod["main"].with_attr("num_input", len(inputs) + len(params))
     return mod
 
 
@@ -173,7 +211,7 @@ def _amax(node: fx.Node, importer: Any) -> relax.Var:
     )
 
 
-def _index_put(node: fx.Node, importer: Any) -> relax.Var:
+def _index_put(kernels: StepKernels, node: fx.Node, importer: Any) -> relax.Var:
     """``cache[rows, :, slots] = new``, in the caller's memory."""
     args: Any = node.args
     cache, (rows, everything, slots), new = args[:3]
@@ -181,26 +219,28 @@ def _index_put(node: fx.Node, importer: Any) -> relax.Var:
         raise ValueError(f"{node.format_node()}: only cache[rows, :, slots] = new can be written")
     _, heads, _, dim = node.meta["val"].shape
     cache, new, rows, slots = (importer.env[arg] for arg in (cache, new, rows, slots))
-    kernel = _add(importer, store_entries(heads, dim, str(cache.ty.dtype.dtype)))
+    function = kernels.store(heads, dim, str(cache.ty.dtype.dtype))
+    kernel = _add(importer.block_builder, function)
     return importer.block_builder.emit(
         relax.op.call_tir_inplace(kernel, (cache, new, rows, slots), [0], cache.ty)
     )
 
 
-def _attention(node: fx.Node, importer: Any) -> relax.Var:
+def _attention(kernels: StepKernels, node: fx.Node, importer: Any) -> relax.Var:
     args = [importer.env[arg] for arg in node.args]
     q, keys, values = (arg.ty for arg in args[:3])
     tokens, heads, key_dim = q.shape
     kv_heads, value_dim = int(keys.shape[1]), int(values.shape[3])
     dtype = str(q.dtype.dtype)
-    kernel = _add(importer, cached_attention(int(heads), kv_heads, int(key_dim), value_dim, dtype))
+    function = kernels.attention(int(heads), kv_heads, int(key_dim), value_dim, dtype)
+    kernel = _add(importer.block_builder, function)
     result = relax.TensorType((tokens, heads, value_dim), dtype)
     return importer.block_builder.emit(relax.call_tir(kernel, args, result))
 
 
-def _add(importer: Any, function: Any) -> Any:
+def _add(builder: relax.BlockBuilder, function: tirx.PrimFunc) -> Any:
     name = str(function.attrs["global_symbol"])
-    return importer.block_builder.add_func(function.without_attr("global_symbol"), name)
+    return builder.add_func(function.without_attr("global_symbol"), name)
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -209,7 +249,5 @@ CONVERTERS: dict[str, Converter] = {
     "amax.default": _amax,
     "embedding.default": _rows,
     "index.Tensor": _rows,
-    "index_put.default": _index_put,
     "select.int": _select,
-    "cached_attention.default": _attention,
 }

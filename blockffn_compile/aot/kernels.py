@@ -1,8 +1,9 @@
-"""The TIR kernels for one tiling, as :mod:`blockffn_compile.passes.relax` asks for them."""
+"""The TIR kernels for one kind of device, as exporting and rewriting ask for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import tvm
@@ -11,13 +12,47 @@ from torch.utils.dlpack import from_dlpack
 from tvm import tirx
 
 from blockffn_compile.layer import BlockFFNSpec
+from blockffn_compile.passes import relax_emit
 from blockffn_compile.passes.relax_emit import Panels
 from blockffn_compile.schedules.packing import panel_width, to_panels, unfold
-from blockffn_compile.schedules.tir import cpu, linear, tile
+from blockffn_compile.schedules.tir import attention, cache, cpu, linear, tile
+from blockffn_compile.schedules.tir.cuda import attention as cuda_attention
+from blockffn_compile.schedules.tir.cuda import cache as cuda_cache
+from blockffn_compile.schedules.tir.cuda import ffn as cuda_ffn
+from blockffn_compile.schedules.tir.cuda import linear as cuda_linear
+from blockffn_compile.schedules.tir.cuda.tile import PANEL
 
 
-class CpuKernels:
+class StepKernels(relax_emit.Kernels, Protocol):
+    """All kernels of a decoding step."""
+
+    def attention(
+        self, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: str
+    ) -> tirx.PrimFunc:
+        """See ``schedules.tir.attention.cached_attention``."""
+
+    def store(self, heads: int, dim: int, dtype: str) -> tirx.PrimFunc:
+        """See ``schedules.tir.cache.store_entries``."""
+
+    def move(self, heads: int, dim: int, dtype: str) -> tirx.PrimFunc:
+        """See ``schedules.tir.cache.move_entries``."""
+
+
+class _Packing:
+    """Panels of constants."""
+
+    def pack(self, panels: Panels, weights: Sequence[tvm.runtime.Tensor]) -> tvm.runtime.Tensor:
+        """See :class:`~blockffn_compile.passes.relax.Kernels`."""
+        packed = pack(panels, [from_dlpack(weight) for weight in weights])
+        return tvm.runtime.from_dlpack(packed)
+
+
+class CpuKernels(_Packing):
     """Kernels for CPUs with such registers."""
+
+    attention = staticmethod(attention.cached_attention)
+    store = staticmethod(cache.store_entries)
+    move = staticmethod(cache.move_entries)
 
     def __init__(self, registers: tile.Registers) -> None:
         self.registers = registers
@@ -37,10 +72,28 @@ class CpuKernels:
         panel = panel_width(outputs, widest)
         return linear.panel_linear(inputs, outputs, dtype, panel, tokens, dot), panel
 
-    def pack(self, panels: Panels, weights: Sequence[tvm.runtime.Tensor]) -> tvm.runtime.Tensor:
+
+class CudaKernels(_Packing):
+    """Kernels for a GPU that runs so many blocks at once."""
+
+    attention = staticmethod(cuda_attention.cached_attention)
+    store = staticmethod(cuda_cache.store_entries)
+    move = staticmethod(cuda_cache.move_entries)
+
+    def __init__(self, programs: int) -> None:
+        self.programs = programs
+
+    def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
-        packed = pack(panels, [from_dlpack(weight) for weight in weights])
-        return tvm.runtime.from_dlpack(packed)
+        hidden, experts, size = spec.hidden_size, spec.num_experts, spec.expert_size
+        function = cuda_ffn.chunk_sparse_ffn(
+            hidden, experts, size, dtype, spec.act, spec.gated, self.programs
+        )
+        return function, PANEL, PANEL
+
+    def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
+        """See :class:`~blockffn_compile.passes.relax.Kernels`."""
+        return cuda_linear.panel_linear(inputs, outputs, dtype), PANEL
 
 
 def pack(panels: Panels, weights: Sequence[Tensor]) -> Tensor:

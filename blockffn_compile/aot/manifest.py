@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, CODE, WEIGHTS, TOKENIZER = (
     "manifest.json",
     "model.so",
@@ -34,7 +34,8 @@ class Manifest:
         target: name of what it was built for.
         architecture: that the machine must have, as ``platform.machine()`` says.
         cpu_features: that the CPU must have, in the words of ``/proc/cpuinfo``.
-        llvm: TVM's description of the target.
+        compute_capability: of the NVIDIA GPU that runs it, such as ``8.7``; empty for the CPU.
+        llvm: TVM's description of the CPU.
         dtype: of features, logits, cache and, but for rotary tables, weights.
         vocab_size: V.
         hidden_size: H.
@@ -56,6 +57,7 @@ class Manifest:
     target: str
     architecture: str
     cpu_features: list[str]
+    compute_capability: str
     llvm: dict[str, Any]
     dtype: str
     vocab_size: int
@@ -109,6 +111,8 @@ class Manifest:
             )
         if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in self.sha256.values()):
             raise BundleError("a hash is not 64 hexadecimal digits")
+        if not re.fullmatch(r"(\d+\.\d)?", self.compute_capability):
+            raise BundleError(f"compute capability {self.compute_capability!r} is not like 8.7")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise BundleError(f"dtype {self.dtype!r} is not one of float32, bfloat16, float16")
         if any(token >= self.vocab_size for token in self.stop_tokens):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockffn_compile.aot.bundle import ALIGNMENT, DTYPE_BYTES, Bundle, tensor
+from blockffn_compile.aot.bundle import ALIGNMENT, DTYPE_BYTES, Bundle
 from blockffn_compile.engines.engine import text_length
 from blockffn_compile.engines.texts import Move, Texts
 from blockffn_compile.speculative.tree import DraftTree
@@ -24,7 +24,8 @@ class Session:
         bundle: what runs.
         rows: how many texts there is room for.
         max_length: most tokens of a text.
-        cache: keys and values of each layer in turn, [rows, heads, max_length, dim].
+        cache: keys and values of each layer in turn, [rows, heads, max_length, dim], on the
+            bundle's device.
     """
 
     def __init__(self, bundle: Bundle, rows: int = 1, max_length: int | None = None) -> None:
@@ -38,18 +39,21 @@ class Session:
 
         manifest = bundle.manifest
         self.bundle, self.rows = bundle, rows
+        self._on_cpu = bundle.device == tvm.cpu()
         self.max_length = text_length(max_length, manifest.max_length)
         shape = (rows, manifest.heads, self.max_length)
         self.cache = [
-            tvm.runtime.empty((*shape, dim), manifest.dtype)
+            tvm.runtime.empty((*shape, dim), manifest.dtype, bundle.device)
             for _ in range(manifest.layers)
             for dim in (manifest.key_dim, manifest.value_dim)
         ]
         self._cache_array = tvm_ffi.Array(self.cache)
-        self._cache_bytes = [as_bytes(entries) for entries in self.cache]
         # One row an input, each aligned whatever the number of tokens.
         self._inputs = aligned((6, 8 * manifest.max_tokens)).view(np.int64)
-        self._views: dict[int, list[tvm.runtime.Tensor]] = {}
+        self._device_inputs = [
+            tvm.runtime.empty((manifest.max_tokens,), "int64", bundle.device) for _ in self._inputs
+        ]
+        self._views: dict[int, list[tuple[tvm.runtime.Tensor, tvm.runtime.Tensor]]] = {}
 
     def trunk(self, inputs: Sequence[Sequence[int]]) -> tvm.runtime.Tensor:
         """Features [T, H] of T tokens, see :mod:`blockffn_compile.aot.bundle`.
@@ -58,23 +62,32 @@ class Session:
             inputs: tokens, positions, rows, context, slots and ancestors, T integers each, within
                 their ranges.
         """
-        count = len(inputs[0])
-        self._inputs[:, :count] = inputs
         return self.bundle.trunk(
-            *self._tensors(count), self._cache_array, self.bundle.trunk_weights
+            *self._tensors(inputs), self._cache_array, self.bundle.trunk_weights
         )
 
     def head(self, features: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """Logits [N, V] of features [N, H]."""
         return self.bundle.head(features, self.bundle.head_weights)
 
-    def _tensors(self, count: int) -> list[tvm.runtime.Tensor]:
-        """The inputs of ``count`` tokens, in the same memory for every call."""
+    def _tensors(self, inputs: Sequence[Sequence[int]]) -> list[tvm.runtime.Tensor]:
+        """Integers as tensors, in the same memory for every call.
+
+        A GPU's copy of so little is taken at once, and ordered behind what it still has to do.
+        """
         import tvm
 
+        count = len(inputs[0])
+        self._inputs[: len(inputs), :count] = inputs
         if count not in self._views:
-            self._views[count] = [tvm.runtime.from_dlpack(row[:count]) for row in self._inputs]
-        return self._views[count]
+            ours = [tvm.runtime.from_dlpack(row[:count]) for row in self._inputs]
+            device = [row._create_view((count,)) for row in self._device_inputs]
+            self._views[count] = list(zip(ours, ours if self._on_cpu else device, strict=True))
+        views = self._views[count][: len(inputs)]
+        if not self._on_cpu:
+            for here, there in views:
+                here.copyto(there)
+        return [there for _, there in views]
 
     def prefill(self, row: int, tokens: Sequence[int]) -> Iterator[tvm.runtime.Tensor]:
         """Starts a text anew with these tokens; yields the features of each chunk of them."""
@@ -86,16 +99,28 @@ class Session:
 
     def move(self, row: int, move: Move) -> None:
         """Brings cache entries of a text together."""
-        end = move.start + len(move.sources)
-        for entries in self._cache_bytes:
-            entries[row, :, move.start : end] = entries[row, :, move.sources].swapaxes(0, 1)
+        count = len(move.sources)
+        slots = range(move.start, move.start + count)
+        self.bundle.move(*self._tensors(([row] * count, move.sources, slots)), self._cache_array)
 
     def last(self, features: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
         """The last row of features [T, H], as [1, H]."""
-        data = as_bytes(features)
-        row = aligned((1, data.shape[1]))
-        row[:] = data[-1:]
-        return tensor(row, (1, features.shape[1]), str(features.dtype))
+        import tvm
+
+        (count, width), dtype = features.shape, str(features.dtype)
+        start = (count - 1) * width * DTYPE_BYTES[dtype]
+        row = tvm.runtime.empty((1, width), dtype, self.bundle.device)
+        return features._create_view((1, width), dtype, start).copyto(row)
+
+    def on_cpu(self, tensor: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+        """A result in the CPU's memory; with a GPU, waits for it."""
+        import tvm
+
+        if self._on_cpu:
+            return tensor
+        result = tensor.copyto(tvm.cpu())
+        self.bundle.device.sync()
+        return result
 
 
 def greedy(
@@ -119,14 +144,6 @@ def greedy(
             places = texts.verify({0: DraftTree.root(token)}, 1)
             logits = session.head(session.trunk(places))
             texts.commit(0, [0])
-
-
-def as_bytes(entries: tvm.runtime.Tensor) -> NDArray[np.uint8]:
-    """The memory of a tensor [..., n] as [..., bytes of n elements]."""
-    *shape, width = entries.shape
-    size = DTYPE_BYTES[str(entries.dtype)]
-    data: Any = np.from_dlpack(entries._create_view((*shape, width * size), "uint8"))
-    return data
 
 
 def aligned(shape: tuple[int, int]) -> NDArray[np.uint8]:

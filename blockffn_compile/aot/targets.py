@@ -14,15 +14,34 @@ from blockffn_compile.schedules.tir.tile import Registers
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A kind of NVIDIA GPU.
+
+    Attributes:
+        capability: compute capability, such as ``8.7``; the code is for this one alone.
+        programs: how many blocks of 256 threads run at once, two on a multiprocessor.
+    """
+
+    capability: str
+    programs: int
+
+    @property
+    def architecture(self) -> str:
+        """In NVIDIA's words, such as ``sm_87``."""
+        return "sm_" + self.capability.replace(".", "")
+
+
+@dataclass(frozen=True)
 class Target:
     """A kind of machine.
 
     Attributes:
         name: on the command line.
-        llvm: TVM's description of it.
+        llvm: TVM's description of its CPU.
         architecture: as ``platform.machine()`` says there.
         features: that its CPU must have, in the words of Linux's ``/proc/cpuinfo``.
         linker: makes the shared library; None for the host's C++ compiler.
+        gpu: that runs the model; None for the CPU.
     """
 
     name: str
@@ -30,10 +49,13 @@ class Target:
     architecture: str
     features: tuple[str, ...]
     linker: str | None = None
+    gpu: Gpu | None = None
 
     @property
     def tvm(self) -> tvm.target.Target:
-        return tvm.target.Target(self.llvm)
+        if self.gpu is None:
+            return tvm.target.Target(self.llvm)
+        return tvm.target.Target({"kind": "cuda", "arch": self.gpu.architecture, "host": self.llvm})
 
     @property
     def registers(self) -> Registers:
@@ -67,6 +89,15 @@ TARGETS = {
             ("asimd", "bf16"),
             "aarch64-linux-gnu-g++",
         ),
+        Target(
+            "cuda-sm87",  # Jetson Orin: 16 multiprocessors at most
+            {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
+            "aarch64",
+            ("asimd",),
+            "aarch64-linux-gnu-g++",
+            Gpu("8.7", 32),
+        ),
+        Target("cuda-sm90", _X86, "x86_64", (), gpu=Gpu("9.0", 264)),  # H100: 132
     )
 }
 NAMES = ("native", *TARGETS)

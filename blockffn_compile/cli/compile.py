@@ -23,6 +23,8 @@ class TargetName(StrEnum):
     x86_64_v4 = "x86-64-v4"
     arm64 = "arm64"
     arm64_bf16 = "arm64-bf16"
+    cuda_sm87 = "cuda-sm87"
+    cuda_sm90 = "cuda-sm90"
 
 
 def compile_bundle(
@@ -37,7 +39,9 @@ def compile_bundle(
 
     A bundle runs with `blockffn run`, which needs TVM and NumPy but no PyTorch, or from C++. Its
     kernels run only the experts that are on. Code for Arm is linked by aarch64-linux-gnu-g++;
-    arm64-bf16 is for Arm CPUs with bf16 instructions, which it uses in bfloat16.
+    arm64-bf16 is for Arm CPUs with bf16 instructions, which it uses in bfloat16. The targets
+    cuda-sm87 (Jetson Orin) and cuda-sm90 (H100 in an x86-64 machine) need no GPU to build, and
+    `pip install blockffn-compile[cuda]`.
 
     Examples:
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import tvm
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from blockffn_compile.aot.bundle import Bundle
@@ -19,7 +21,7 @@ class TvmEngine:
 
     A token's logits are bit-identical however many nodes, and which, are verified with it, and
     whether it came with the prompt.  Nothing is compiled when it runs.  Results are tensors of
-    PyTorch in TVM's memory.
+    PyTorch in TVM's memory, on the CPU wherever the model runs.
 
     Attributes:
         rows: how many texts.
@@ -43,20 +45,23 @@ class TvmEngine:
         self._texts.start(row, tokens)
         chunks = list(self.session.prefill(row, tokens))
         logits = self.session.head(self.session.last(chunks[-1]))
-        return Output(from_dlpack(logits), torch.cat([from_dlpack(chunk) for chunk in chunks]))
+        return Output(self._tensor(logits), torch.cat([self._tensor(chunk) for chunk in chunks]))
 
     def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Output]:
         """See :class:`~blockffn_compile.engines.engine.Engine`."""
         places = self._texts.verify(trees, self.session.bundle.manifest.max_tokens)
         features = self.session.trunk(places)
         logits = self.session.head(features)
-        return divide(trees, from_dlpack(logits), from_dlpack(features))
+        return divide(trees, self._tensor(logits), self._tensor(features))
 
     def commit(self, row: int, path: Sequence[int]) -> None:
         """See :class:`~blockffn_compile.engines.engine.Engine`."""
         move = self._texts.commit(row, path)
         if move is not None:
             self.session.move(row, move)
+
+    def _tensor(self, result: tvm.runtime.Tensor) -> Tensor:
+        return from_dlpack(self.session.on_cpu(result))
 
     def length(self, row: int) -> int:
         """See :class:`~blockffn_compile.engines.engine.Engine`."""

@@ -1,5 +1,6 @@
 #include "bundle.h"
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -7,6 +8,7 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/json.h>
 #include <tvm/runtime/base.h>
+#include <tvm/runtime/device_api.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,6 +20,7 @@
 
 #include "machine.h"
 #include "sha256.h"
+#include "tensors.h"
 
 namespace blockffn {
 namespace {
@@ -25,7 +28,7 @@ namespace {
 namespace fs = std::filesystem;
 namespace json = ffi::json;
 
-constexpr int64_t FORMAT = 1;
+constexpr int64_t FORMAT = 2;
 constexpr uint64_t ALIGNMENT = 64;
 // Most bytes of a manifest, and of the header of the weights; most nested brackets in either.
 constexpr uint64_t LARGEST_HEADER = 1 << 24;
@@ -121,6 +124,7 @@ Manifest read_manifest(const fs::path& file) {
   manifest.target = get<ffi::String>(file, object, "target");
   manifest.architecture = get<ffi::String>(file, object, "architecture");
   manifest.dtype = get<ffi::String>(file, object, "dtype");
+  manifest.compute_capability = get<ffi::String>(file, object, "compute_capability");
   manifest.cpu_features = get<ffi::Array<ffi::String>>(file, object, "cpu_features");
   manifest.trunk_weights = get<ffi::Array<ffi::String>>(file, object, "trunk_weights");
   manifest.head_weights = get<ffi::Array<ffi::String>>(file, object, "head_weights");
@@ -171,6 +175,28 @@ void check_machine(const fs::path& path, const Manifest& manifest) {
     fail(path, "built with apache-tvm " + std::string(version.value_or("of unknown version")) +
                    ", this runner has " + TVM_VERSION + "; build the one or the other anew");
   }
+}
+
+// The GPU that a bundle was built for.
+DLDevice find_gpu(const fs::path& path, const Manifest& manifest) {
+  using namespace tvm::runtime;
+  std::string built =
+      "built for an NVIDIA GPU of compute capability " + manifest.compute_capability;
+  if (dlopen("libtvm_runtime_cuda.so", RTLD_LAZY | RTLD_GLOBAL) == nullptr) {
+    fail(path, built + "; CUDA cannot be used here: " + dlerror() +
+                   ". It needs NVIDIA's driver and the runtime of CUDA 13");
+  }
+  DLDevice gpu{kDLCUDA, 0};
+  ffi::Any exists, capability;
+  DeviceAPI::Get(gpu)->GetAttr(gpu, kExist, &exists);
+  if (exists.cast<int>() == 0) fail(path, built + "; there is none here");
+  DeviceAPI::Get(gpu)->GetAttr(gpu, kComputeVersion, &capability);
+  std::string has = capability.cast<ffi::String>();
+  if (has != manifest.compute_capability) {
+    fail(path, built + "; this one has " + has +
+                   ": build the bundle for another target (blockffn compile --target)");
+  }
+  return gpu;
 }
 
 // --- Files ---------------------------------------------------------------------------------------
@@ -244,6 +270,8 @@ Bundle load(const fs::path& path, bool verify) {
   Manifest manifest = read_manifest(path / "manifest.json");
   check_machine(path, manifest);
   map_file(path, manifest, CODE, true);
+  bool on_gpu = !manifest.compute_capability.empty();
+  DLDevice cpu{kDLCPU, 0}, device = on_gpu ? find_gpu(path, manifest) : cpu;
   fs::path weights = path / WEIGHTS;
   auto known = tensors(weights, map_file(path, manifest, WEIGHTS, verify));
   auto take = [&](const ffi::Array<ffi::String>& names) {
@@ -251,7 +279,12 @@ Bundle load(const fs::path& path, bool verify) {
     for (const ffi::String& name : names) {
       auto tensor = known.find(name);
       if (tensor == known.end()) fail(weights, "missing tensor " + std::string(name));
-      array.push_back(tensor->second);
+      ffi::Tensor weight = tensor->second;
+      if (on_gpu) {
+        weight = allocate(weight.shape(), weight.dtype(), device);
+        copy(tensor->second, weight);
+      }
+      array.push_back(weight);
     }
     return array;
   };
@@ -261,10 +294,16 @@ Bundle load(const fs::path& path, bool verify) {
     ffi::Module library = ffi::Module::LoadFromFile(code.string());
     auto machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
     constexpr int pooled = 2;  // the allocator that keeps memory for the next call
-    machine->GetFunction("vm_initialization")
-        .value()(static_cast<int>(kDLCPU), 0, pooled);
-    return {manifest, machine->GetFunction("trunk").value(), machine->GetFunction("head").value(),
-            trunk_weights, head_weights};
+    auto initialize = machine->GetFunction("vm_initialization").value();
+    int on = device.device_type;
+    if (on_gpu) {
+      initialize(on, 0, pooled, static_cast<int>(kDLCPU), 0, pooled);
+    } else {
+      initialize(on, 0, pooled);
+    }
+    auto function = [&](const char* name) { return machine->GetFunction(name).value(); };
+    return {manifest,      function("trunk"), function("head"), function("move"),
+            trunk_weights, head_weights,      device};
   } catch (const std::exception& error) {
     fail(code, std::string("TVM cannot load it: ") + error.what());
   }

@@ -30,6 +30,7 @@ class BundleError : public std::runtime_error {
 // What the runner needs of manifest.json, by the names that it has there.
 struct Manifest {
   std::string target, architecture, dtype;
+  std::string compute_capability;  // empty for the CPU
   int64_t vocab_size, max_length, max_tokens, layers, heads, key_dim, value_dim;
   ffi::Array<ffi::String> cpu_features, trunk_weights, head_weights;
   ffi::Array<int64_t> stop_tokens;
@@ -39,12 +40,14 @@ struct Manifest {
 
 struct Bundle {
   Manifest manifest;
-  ffi::Function trunk, head;
+  ffi::Function trunk, head, move;
   ffi::Array<ffi::Tensor> trunk_weights, head_weights;
+  DLDevice device;  // where all tensors are
 };
 
 // Checks a bundle and loads it.  Nothing of it runs before the manifest, the machine and the hash of
-// the code were checked.  Weights are mapped to memory; with `verify` they are hashed as well.
+// the code were checked.  Weights are mapped to memory, or copied to the GPU; with `verify` they are
+// hashed as well.
 // Throws BundleError.
 Bundle load(const std::filesystem::path& path, bool verify);
 

@@ -4,40 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
+
+#include "tensors.h"
 
 namespace blockffn {
 namespace {
 
-constexpr size_t ALIGNMENT = 64;
-
-// Memory as the functions of a bundle want it.
-struct Aligned {
-  void AllocData(DLTensor* tensor) {
-    size_t bytes = tensor->dtype.bits / 8;
-    for (int i = 0; i < tensor->ndim; ++i) {
-      if (__builtin_mul_overflow(bytes, static_cast<size_t>(tensor->shape[i]), &bytes)) {
-        throw std::bad_alloc();
-      }
-    }
-    bytes = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    tensor->data = std::aligned_alloc(ALIGNMENT, bytes);
-    if (tensor->data == nullptr) throw std::bad_alloc();
-  }
-  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
-};
-
-ffi::Tensor allocate(ffi::Shape shape, DLDataType dtype) {
-  return ffi::Tensor::FromNDAlloc(Aligned{}, shape, dtype, {kDLCPU, 0});
-}
-
-ffi::Tensor integers(const std::vector<int64_t>& values) {
-  auto tensor = allocate({static_cast<int64_t>(values.size())}, {kDLInt, 64, 1});
-  std::copy(values.begin(), values.end(), static_cast<int64_t*>(tensor.data_ptr()));
-  return tensor;
-}
+constexpr int INPUTS = 6;  // of a step
+constexpr DLDataType INT64{kDLInt, 64, 1};
 
 size_t row_bytes(const ffi::Tensor& tensor) {
   return tensor.size(tensor.ndim() - 1) * (tensor.dtype().bits / 8);
@@ -85,9 +60,12 @@ Session::Session(const Bundle& bundle, int64_t max_length)
     : bundle_(bundle), max_length_(max_length) {
   const Manifest& m = bundle.manifest;
   DLDataType dtype = ffi::StringToDLDataType(m.dtype);
+  for (int i = 0; i < INPUTS; ++i) {
+    inputs_.push_back(allocate({m.max_tokens}, INT64, bundle.device));
+  }
   for (int64_t layer = 0; layer < m.layers; ++layer) {
     for (int64_t dim : {m.key_dim, m.value_dim}) {
-      cache_.push_back(allocate({1, m.heads, max_length, dim}, dtype));
+      cache_.push_back(allocate({1, m.heads, max_length, dim}, dtype, bundle.device));
     }
   }
 }
@@ -102,29 +80,33 @@ int64_t Session::prefill(const std::vector<int64_t>& tokens) {
     length_ += last - first;
     first = last;
   }
-  auto row = allocate({1, features.size(1)}, features.dtype());
-  size_t bytes = row_bytes(features);
-  auto* data = static_cast<const char*>(features.data_ptr());
-  std::memcpy(row.data_ptr(), data + (features.size(0) - 1) * bytes, bytes);
+  ffi::Tensor row = allocate({1, features.size(1)}, features.dtype(), bundle_.device);
+  copy(view(features, row.shape(), (features.size(0) - 1) * row_bytes(features)), row);
   return best(row)[0];
 }
 
 std::vector<int64_t> Session::verify(const Tree& tree) { return best(trunk(tree)); }
 
 void Session::commit(const std::vector<int64_t>& path) {
-  for (const ffi::Tensor& entries : cache_) {
-    size_t bytes = row_bytes(entries);
-    for (int64_t head = 0; head < entries.size(1); ++head) {
-      char* slots = static_cast<char*>(entries.data_ptr()) + (head * max_length_ + length_) * bytes;
-      // Nodes ascend along a path, so none is overwritten before it has moved.
-      for (size_t i = 0; i < path.size(); ++i) {
-        if (path[i] != static_cast<int64_t>(i)) {
-          std::memcpy(slots + i * bytes, slots + path[i] * bytes, bytes);
-        }
-      }
-    }
+  std::vector<int64_t> sources, slots;
+  for (size_t i = 0; i < path.size(); ++i) {
+    if (path[i] == static_cast<int64_t>(i)) continue;
+    sources.push_back(length_ + path[i]);
+    slots.push_back(length_ + i);
+  }
+  if (!sources.empty()) {
+    std::vector<int64_t> rows(sources.size(), 0);
+    bundle_.move(input(0, rows), input(1, sources), input(2, slots), cache_);
   }
   length_ += path.size();
+}
+
+ffi::Tensor Session::input(size_t index, const std::vector<int64_t>& values) const {
+  ffi::Tensor here = allocate({static_cast<int64_t>(values.size())}, INT64, {kDLCPU, 0});
+  std::copy(values.begin(), values.end(), static_cast<int64_t*>(here.data_ptr()));
+  ffi::Tensor there = view(inputs_[index], here.shape(), 0);
+  copy(here, there);
+  return there;
 }
 
 ffi::Tensor Session::trunk(const Tree& tree) const {
@@ -139,21 +121,21 @@ ffi::Tensor Session::trunk(const Tree& tree) const {
   }
   std::vector<int64_t> rows(count, 0), context(count, length_);
   return bundle_
-      .trunk(integers(tree.tokens), integers(positions), integers(rows), integers(context),
-             integers(slots), integers(ancestors), cache_, bundle_.trunk_weights)
+      .trunk(input(0, tree.tokens), input(1, positions), input(2, rows), input(3, context),
+             input(4, slots), input(5, ancestors), cache_, bundle_.trunk_weights)
       .cast<ffi::Tensor>();
 }
 
 std::vector<int64_t> Session::best(const ffi::Tensor& features) const {
   auto logits = bundle_.head(features, bundle_.head_weights).cast<ffi::Tensor>();
+  std::vector<char> data = bytes(logits);
   const std::string& dtype = bundle_.manifest.dtype;
   auto choose = dtype == "float32"    ? argmax<float>
                 : dtype == "bfloat16" ? argmax<BFloat16>
                                       : argmax<Float16>;
-  auto* data = static_cast<const char*>(logits.data_ptr());
   std::vector<int64_t> tokens;
   for (int64_t i = 0; i < logits.size(0); ++i) {
-    tokens.push_back(choose(data + i * row_bytes(logits), logits.size(1)));
+    tokens.push_back(choose(data.data() + i * row_bytes(logits), logits.size(1)));
   }
   return tokens;
 }

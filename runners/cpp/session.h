@@ -28,12 +28,16 @@ class Session {
   void commit(const std::vector<int64_t>& path);
 
  private:
+  // Integers as an input of a function, in the same memory for every call: a GPU's copy of so
+  // little is taken at once, and ordered behind what it still has to do.
+  ffi::Tensor input(size_t index, const std::vector<int64_t>& values) const;
   // Features [T, H] of the T nodes of a tree behind the text.
   ffi::Tensor trunk(const Tree& tree) const;
   // The most probable token after each of features [N, H].
   std::vector<int64_t> best(const ffi::Tensor& features) const;
 
   const Bundle& bundle_;
+  std::vector<ffi::Tensor> inputs_;  // [max_tokens] each
   ffi::Array<ffi::Tensor> cache_;  // keys and values of each layer in turn
   int64_t max_length_, length_ = 0;
 };

@@ -45,11 +45,16 @@ def registers(target: tvm.target.Target) -> Registers:
     return Registers(64 if has("avx512f", target) else 16, 6, dot=False)
 
 
+def context() -> tvm.transform.PassContext:
+    """How TVM compiles modules with our kernels."""
+    # The buffers are as small as they can be; proving it takes most of the time.
+    return tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"])
+
+
 def compiled(functions: Sequence[Any], target: tvm.target.Target) -> Any:
     """One TVM executable of ``functions``, each a ``PrimFunc`` with a ``global_symbol``."""
     module = tvm.IRModule({str(f.attrs["global_symbol"]): f for f in functions})
-    # The buffers are as small as they can be; proving it takes most of the time.
-    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+    with context():
         return tvm.compile(module, target=target)
 
 

@@ -14,6 +14,7 @@ import tvm
 from blockffn_compile.aot import compiler
 from blockffn_compile.aot.compiler import build
 from blockffn_compile.aot.export import export
+from blockffn_compile.aot.kernels import StepKernels
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from tests.aot.running import make_runner
 from tests.conftest import make_config
@@ -24,10 +25,10 @@ def _quick(tmp_path_factory):
     """One export serves all builds; what loading remembers goes where it does not stay."""
     known: dict[object, object] = {}
 
-    def once(model: BlockFFNForCausalLM) -> object:
-        key = model.config, model.lm_head.weight.dtype
+    def once(model: BlockFFNForCausalLM, kernels: StepKernels) -> object:
+        key = model.config, model.lm_head.weight.dtype, type(kernels)
         if key not in known:
-            known[key] = export(model)
+            known[key] = export(model, kernels)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ from tests.aot.conftest import edit
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2, this version reads format 1"),
+        ({"format": 1}, "format 1, this version reads format 2"),
         ({"format": None}, "format None"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"extra": 1}, "field 'extra' is unknown"),
@@ -29,6 +29,7 @@ from tests.aot.conftest import edit
         ({"stop_tokens": [0.5]}, "field 'stop_tokens'"),
         ({"trunk_weights": "all"}, "field 'trunk_weights'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"compute_capability": "sm_87"}, "compute capability 'sm_87'"),
         ({"sizes": {"../../x": 1}, "sha256": {"../../x": "0" * 64}}, "files are not model.so"),
         ({"sizes": {"/etc/passwd": 1}, "sha256": {}}, "files are not model.so"),
         ({"sha256": {"model.so": "0" * 64}}, "each with its size and hash"),

@@ -181,7 +181,7 @@ def test_damaged_bundles(runner, bundle, tmp_path, damage):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2, this version reads format 1"),
+        ({"format": 1}, "format 1, this version reads format 2"),
         ({"format": "1"}, "field 'format' is not of its type"),
         ({"architecture": "riscv64"}, "this machine is"),
         ({"cpu_features": ["warp"]}, "this CPU lacks warp"),
@@ -191,6 +191,7 @@ def test_damaged_bundles(runner, bundle, tmp_path, damage):
         ({"max_tokens": 65}, "field 'max_tokens' is out of range"),
         ({"heads": 2.5}, "field 'heads' is not of its type"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"compute_capability": "8.7"}, "built for an NVIDIA GPU of compute capability 8.7; "),
         ({"trunk_weights": ["a"]}, "missing tensor a"),
         ({"trunk_weights": 3}, "field 'trunk_weights' is not of its type"),
         ({"sizes": {}}, "no size or hash of model.so"),
@@ -263,6 +264,6 @@ def test_other_machines_are_refused(runner, arm_runner, bundled):
 
 
 def test_the_arm_runner_is_small(arm_runner):
-    names = ["blockffn-run", "libtvm_ffi.so", "libtvm_runtime.so"]
+    names = ["blockffn-run", "libtvm_ffi.so", "libtvm_runtime.so", "libtvm_runtime_cuda.so"]
     assert sorted(file.name for file in arm_runner.parent.iterdir()) == names
     assert sum(file.stat().st_size for file in arm_runner.parent.iterdir()) < 8e6

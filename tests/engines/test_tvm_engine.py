@@ -42,7 +42,8 @@ def engine(pair):
 def entries(engine: TvmEngine, row: int, start: int = 0, end: int | None = None) -> list[Tensor]:
     """Bytes of the cache at some slots, up to the text's end."""
     end = engine.length(row) if end is None else end
-    caches = [from_dlpack(t).view(torch.uint8) for t in engine.session.cache]
+    cache = [engine.session.on_cpu(t) for t in engine.session.cache]
+    caches = [from_dlpack(t).view(torch.uint8) for t in cache]
     return [t[row, :, start:end].clone() for t in caches]
 
 

@@ -56,8 +56,8 @@ def cached_attention(
         )
         y = T.arg("y", T.buffer((n, heads, value_dim), dtype))
         most = (length + (PIECE - 1)) // PIECE
-        # Of each piece: the sum of values, weighted by exp(score - largest); sum of weights; largest
-        # score.
+        # Of each piece: sums of the values, weighted by exp(score - largest score); sums of these
+        # weights; the largest score.
         means = T.alloc_buffer((n, heads, most, value_dim), "float32")
         sums = T.alloc_buffer((n, heads, most), "float32")
         tops = T.alloc_buffer((n, heads, most), "float32")

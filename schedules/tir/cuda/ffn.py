@@ -24,6 +24,7 @@ from blockffn_compile.schedules.tir.cuda.tile import (
     PANEL,
     THREADS,
     TOKENS,
+    UNROLL,
     WARP,
     Products,
     Step,
@@ -107,7 +108,8 @@ def chunk_sparse_ffn(
                 with T.If(thread == 0), T.Then():
                     T.buffer_store(count, found[0], [0])
             parts = [totals() for _ in weights]
-            sums = Products(thread, dtype)
+            # A gate takes registers.
+            sums = Products(thread, dtype, UNROLL // len(weights))
             units = T.bind(found[0] * tiles * up_panels)
             with T.serial((units - block + (programs - 1)) // programs) as i:
                 index, tile, panel = digits(block + i * programs, tiles, up_panels)
@@ -116,7 +118,6 @@ def chunk_sparse_ffn(
                 with T.If(members > 0), T.Then():
                     tokens = _members(known[expert], tile)
                     _up(sums, x, weights, parts, expert, panel, tokens, members)
-                    synchronise()
                     slot, column = digits(thread, PANEL)
                     with T.If(slot < T.min(members, TOKENS)), T.Then():
                         token = kept(_pick(tokens, slot))
@@ -223,6 +224,7 @@ def _up(
             lambda token, step: widen(x[tokens[token], step.row], dtype, 1),
         )
         sums.fold(lambda token: token < members, part)
+        synchronise()
 
 
 def _down(

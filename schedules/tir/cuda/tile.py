@@ -49,10 +49,14 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def launch(blocks: Any, threads: int = THREADS) -> Iterator[tuple[Any, Any]]:
-    """A kernel; yields the indices of its block and thread."""
+    """A kernel; yields the indices of its block and thread.
+
+    Two blocks of 256 threads fit on a multiprocessor, which limits registers to 128.
+    """
     with (
         T.launch_thread("blockIdx.x", blocks) as block,
         T.launch_thread("threadIdx.x", threads) as thread,
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2),
     ):
         yield block, thread
 
@@ -98,8 +102,9 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 
 def swap(value: Any, distance: int) -> Any:
     """The value of the lane whose number differs in one bit; all lanes of the warp must ask."""
-    return kept(T.call_extern("float32", "__shfl_xor_sync", T.uint32(EVERY), value, distance),
-                "float32")
+    return kept(
+        T.call_extern("float32", "__shfl_xor_sync", T.uint32(EVERY), value, distance), "float32"
+    )
 
 
 def votes(flag: Any) -> Any:
@@ -131,8 +136,8 @@ class Products:
         row: of the thread, among the ``depth(dtype)`` rows that a block reads at once.
     """
 
-    def __init__(self, thread: Any, dtype: str) -> None:
-        self.dtype, self.thread = dtype, thread
+    def __init__(self, thread: Any, dtype: str, unroll: int = UNROLL) -> None:
+        self.dtype, self.thread, self.unroll = dtype, thread, unroll
         self.vector = 16 // DataType(dtype).itemsize
         self.row, column = digits(thread, PANEL // self.vector)
         self.column = column * self.vector  # a multiple, as TVM must know to read vectors
@@ -163,34 +168,32 @@ class Products:
         words = 4  # of 32 bits, in 16 bytes
         with T.unroll(TOKENS) as token, T.unroll(self.vector) as i:
             T.buffer_store(self.sums, T.float32(0), [token, i])
-        with T.serial((count + (UNROLL - 1)) // UNROLL) as group:
-            loaded = T.alloc_buffer((UNROLL * words,), "uint32", scope="local")
-            fields = [T.alloc_buffer((UNROLL,), "int32", scope="local") for _ in Step._fields]
-            steps = [Step(*(field[i] for field in fields)) for i in range(UNROLL)]
-            with T.unroll(UNROLL) as i:
-                for field, value in zip(fields, step(group * UNROLL + i), strict=True):
+        unroll = self.unroll
+        with T.serial((count + (unroll - 1)) // unroll) as group:
+            loaded = T.alloc_buffer((unroll * words,), "uint32", scope="local")
+            fields = [T.alloc_buffer((unroll,), "int32", scope="local") for _ in Step._fields]
+            steps = [Step(*(field[i] for field in fields)) for i in range(unroll)]
+            with T.unroll(unroll) as i:
+                for field, value in zip(fields, step(group * unroll + i), strict=True):
                     T.buffer_store(field, value, [i])
                 expert, row, active = (field[i] for field in fields)
                 with T.If(active != 0), T.Then():
                     columns = T.ramp(self.column, 1, self.vector)
-                    value = T.reinterpret(
-                        f"uint32x{words}", weights[expert, panel, row, columns]
-                    )
+                    value = T.reinterpret(f"uint32x{words}", weights[expert, panel, row, columns])
                     T.buffer_store(loaded, value, [T.ramp(i * words, 1, words)])
+
+            def weight(vectors: Any, i: int) -> Callable[[Any], Any]:
+                return lambda j: element(vectors, i * self.vector + j, self.dtype)
+
             with T.unroll(TOKENS) as token:
-                inputs = T.alloc_buffer((UNROLL,), "float32", scope="local")
+                inputs = T.alloc_buffer((unroll,), "float32", scope="local")
                 on = [((s.active >> token) & 1) != 0 for s in steps]
                 for i, flag in enumerate(on):  # all reads before the first use
                     value = T.if_then_else(flag, source(token, steps[i]), T.float32(0))
                     T.buffer_store(inputs, value, [i])
                 for i, flag in enumerate(on):
                     with T.If(flag), T.Then():
-                        first = i * self.vector
-                        self._add(
-                            token,
-                            lambda j, first=first: element(loaded, first + j, self.dtype),
-                            inputs[i],
-                        )
+                        self._add(token, weight(loaded, i), inputs[i])
 
     def poison(self, token: Any, x: Any, row: Any) -> None:
         """Makes the sums of a token NaN where ``x[row]`` has a NaN or Inf: adds ``0 * x``."""
@@ -200,7 +203,7 @@ class Products:
             k = kept(i * stride + self.row)
             with T.If(k < width), T.Then():
                 value = kept(widen(x[row, k], dtype, 1), "float32")
-                self._add(token, lambda _: T.float32(0), value)
+                self._add(token, _zero, value)
 
     def fold(self, present: Callable[[Any], Any], parts: Any) -> None:
         """The sums of each warp for the tokens that are ``present``, in shared memory.
@@ -225,6 +228,10 @@ class Products:
             value = kept(values[0] + swap(values[0], distance), "float32")
             with T.If(T.bitwise_and(lane, distance) == 0), T.Then():
                 T.buffer_store(parts, value, [warp, token, column])
+
+
+def _zero(_: Any) -> Any:
+    return T.float32(0)
 
 
 def totals() -> Any:

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -24,8 +25,9 @@
 #define __restrict__
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after the other
-#define uint unsigned int
-#define ushort unsigned short
+
+using uint = unsigned int;
+using ushort = unsigned short;
 
 struct Index {
   int x = 0;
@@ -46,7 +48,7 @@ struct Fiber {
   State state = State::ready;
   std::unique_ptr<char[]> stack{new char[STACK]};
   bool odd = false;  // which of the two offers is next
-  uint64_t offers[2];
+  uint32_t offers[2];
 };
 
 inline jmp_buf scheduler;
@@ -101,7 +103,8 @@ inline void run_block(int threads) {
     }
     bool released = release(0, threads, State::at_block);
     for (int first = 0; first < threads; first += WARP) {
-      released = release(first, first + WARP, State::at_warp) || released;
+      int last = std::min(first + WARP, threads);
+      released = release(first, last, State::at_warp) || released;
     }
     if (released) continue;
     for (const Fiber& fiber : fibers) {
@@ -120,33 +123,43 @@ inline void launch(int blocks, int threads, const std::function<void()>& kernel)
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
 }
 
-// Every lane of the warp offers a value; returns what a lane offers.
-inline int offer(uint64_t bits) {
+// Every lane of the warp offers a value; returns what each lane that there is has offered.
+inline std::array<uint32_t, WARP> exchange(uint32_t value) {
   Fiber& fiber = fibers[current];
-  int which = fiber.odd;
+  int which = fiber.odd, first = current / WARP * WARP;
   fiber.odd = !fiber.odd;
-  fiber.offers[which] = bits;
+  fiber.offers[which] = value;
   leave(State::at_warp);
-  return which;
+  std::array<uint32_t, WARP> values{};
+  for (int lane = 0; lane < WARP && first + lane < static_cast<int>(fibers.size()); ++lane) {
+    values[lane] = fibers[first + lane].offers[which];
+  }
+  return values;
 }
 
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::leave(emulator::State::at_block); }
 
-inline float __shfl_xor_sync(unsigned, float value, int distance) {
-  int which = emulator::offer(std::bit_cast<uint32_t>(value));
-  uint64_t bits = emulator::fibers[emulator::current ^ distance].offers[which];
-  return std::bit_cast<float>(static_cast<uint32_t>(bits));
+inline float __shfl_sync(unsigned, float value, int lane, int = 32) {
+  return std::bit_cast<float>(emulator::exchange(std::bit_cast<uint32_t>(value))[lane]);
 }
 
+inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
+  return __shfl_sync(mask, value, emulator::current % emulator::WARP ^ distance);
+}
+
+inline float __shfl_down_sync(unsigned mask, float value, int distance, int = 32) {
+  int lane = emulator::current % emulator::WARP;
+  return __shfl_sync(mask, value, lane + distance < emulator::WARP ? lane + distance : lane);
+}
+
+inline unsigned __activemask() { return ~0u; }
+
 inline unsigned __ballot_sync(unsigned, int flag) {
-  int which = emulator::offer(flag != 0);
   unsigned votes = 0;
-  for (int lane = 0; lane < emulator::WARP; ++lane) {
-    int thread = emulator::current / emulator::WARP * emulator::WARP + lane;
-    votes |= static_cast<unsigned>(emulator::fibers[thread].offers[which]) << lane;
-  }
+  auto flags = emulator::exchange(flag != 0);
+  for (int lane = 0; lane < emulator::WARP; ++lane) votes |= flags[lane] << lane;
   return votes;
 }
 
@@ -158,8 +171,11 @@ inline int __ffsll(int64_t value) { return __builtin_ffsll(value); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
+inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 inline int min(int a, int b) { return std::min(a, b); }
 inline int max(int a, int b) { return std::max(a, b); }
+inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
+inline int64_t max(int64_t a, int64_t b) { return std::max(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 
 using half = _Float16;
@@ -172,7 +188,15 @@ struct alignas(16) float4 {
 
 struct nv_bfloat16 {
   ushort bits;
+
+  nv_bfloat16() = default;
+  nv_bfloat16(float value) {  // to nearest, ties to even
+    uint wide = std::bit_cast<uint>(value);
+    bits = std::isnan(value) ? 0x7FFF : (wide + 0x7FFF + (wide >> 16 & 1)) >> 16;
+  }
+  operator float() const { return std::bit_cast<float>(uint{bits} << 16); }
 };
+inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 
 struct alignas(16) uint4 {
   uint x, y, z, w;

@@ -6,33 +6,51 @@ launches, is the real one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tvm
 import tvm_ffi
 from torch import Tensor
 from tvm.support import cc
 
-from blockffn_compile.schedules.tir.cuda.compile import context
+from blockffn_compile.aot.gpu import load_runtime_for_building
+from blockffn_compile.schedules.tir.cuda import compile as cuda
 
 HEADER = Path(__file__).with_name("emulator.h")
 TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "host": {"kind": "llvm"}})
-KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\((.*)\);$', re.M)
+KERNEL = re.compile(
+    r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\((.*)\);$', re.M
+)
 
 _numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def only_writing() -> Iterator[None]:
+    """Within it, TVM writes CUDA C++, which nobody compiles."""
+    load_runtime_for_building()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cuda.compiling("no architecture"),
+        cuda.context(),
+    ):
+        patch.setattr(cuda, "cubin", lambda *_: b"")
+        yield
 
 
 def emulate(function: Any, folder: Path) -> Callable[..., None]:
     """A function of ``schedules/tir/cuda`` that takes tensors of PyTorch, on the CPU."""
     name = f"emulated_{next(_numbers)}"  # its kernels are found by their names
     function = function.with_attr("global_symbol", name)
-    with context():
+    with only_writing():
         host = tvm.compile(tvm.IRModule({name: function}), TARGET).mod
     install(host, folder / f"{name}.so")
 
@@ -72,8 +90,11 @@ def install(host: Any, path: Path) -> None:
     for name, parameters in declared:
         launch = getattr(library, f"launch_{name}")
         launch.restype = None
-        launch.argtypes = [
-            ctypes.c_void_p if "*" in parameter else ctypes.c_int
-            for parameter in [*parameters.split(","), "int blocks", "int threads"]
-        ]
+        launch.argtypes = [_type(p) for p in (*parameters.split(","), "int blocks", "int threads")]
         tvm_ffi.register_global_func(name, launch, override=True)
+
+
+def _type(parameter: str) -> Any:
+    if "*" in parameter:
+        return ctypes.c_void_p
+    return {"int": ctypes.c_int, "int64_t": ctypes.c_int64}[parameter.split()[0]]
