@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def test_machines_without_a_gpu_are_refused(emulated, tmp_path):
     """In a process of its own, where TVM has not been told that the CPU is a GPU."""
     code = "import sys; from blockffn_compile.aot import load; load(sys.argv[1])"
     command = [sys.executable, "-c", code, str(emulated.path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=blind, capture_output=True, text=True, check=False)
     assert "BundleError" in result.stderr
     assert "built for an NVIDIA GPU of compute capability 9.0; " in result.stderr
 
