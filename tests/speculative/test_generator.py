@@ -95,10 +95,10 @@ def test_no_prompts_and_no_new_tokens(generator) -> None:
 def test_what_was_learnt_is_kept_for_each_number_of_texts(generator) -> None:
     texts(generator, [PROMPT], 30)
     alone = generator._policies[1]
-    steps = alone._steps
+    steps = alone._steps + alone._plain
     texts(generator, [PROMPT], 30)
     assert generator._policies[1] is alone
-    assert alone._steps > steps
+    assert alone._steps + alone._plain > steps
     texts(generator, PROMPTS, 3)
     assert generator._policies[3] is not alone
     assert generator._policies[1] is alone
