@@ -60,17 +60,15 @@ class CpuKernels(_Packing):
     def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
         hidden, experts, size = spec.hidden_size, spec.num_experts, spec.expert_size
-        widest, tokens, dot = self.registers
-        up, down = panel_width(size, widest), panel_width(hidden, widest)
-        tiling = tile.Tiling(up, down, tokens, dot)
+        up, down = (panel_width(n, self.registers.widest) for n in (size, hidden))
+        tiling = tile.Tiling(up, down, self.registers)
         function = cpu.chunk_sparse_ffn(hidden, experts, size, dtype, spec.act, spec.gated, tiling)
         return function, up, down
 
     def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
-        widest, tokens, dot = self.registers
-        panel = panel_width(outputs, widest)
-        return linear.panel_linear(inputs, outputs, dtype, panel, tokens, dot), panel
+        panel = panel_width(outputs, self.registers.widest)
+        return linear.panel_linear(inputs, outputs, dtype, panel, self.registers), panel
 
 
 class CudaKernels(_Packing):

@@ -12,10 +12,13 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockffn_compile.onnx.headers import find_headers
 from blockffn_compile.schedules.cache import cached
+
+if TYPE_CHECKING:
+    from blockffn_compile.schedules.tir.tile import Registers
 
 NATIVE = Path(__file__).with_name("native")
 
@@ -51,13 +54,12 @@ def build_library(target: str = "native", headers: str | Path | None = None) -> 
     from blockffn_compile.schedules.tir.tile import ACTIVATIONS
 
     machine = get_target(target)
-    panel, tokens, _ = machine.registers
-    functions = _kernels(panel, tokens)
+    functions = _kernels(machine.registers)
     includes = find_headers(headers)
     compiler = [machine.linker] if machine.linker else shlex.split(os.environ.get("CXX") or "g++")
     options = [
         *("-std=c++17", "-O2", "-shared", "-fPIC"),
-        f"-DBLOCKFFN_PANEL={panel}",
+        f"-DBLOCKFFN_PANEL={machine.registers.widest}",
         "-DBLOCKFFN_ACTIVATIONS=" + ", ".join(f'"{name}"' for name in ACTIVATIONS),
     ]
 
@@ -86,13 +88,13 @@ def build_library(target: str = "native", headers: str | Path | None = None) -> 
     return cached("onnxruntime", "\n".join(source), make)
 
 
-def _kernels(panel: int, tokens: int) -> list[Any]:
+def _kernels(registers: Registers) -> list[Any]:
     """The FFN for every dtype, plain and gated, under the names that ``native/`` expects."""
     from blockffn_compile.schedules.tir import DTYPES
     from blockffn_compile.schedules.tir.cpu import chunk_sparse_ffn
     from blockffn_compile.schedules.tir.tile import Tiling
 
-    tiling = Tiling(panel, panel, tokens)
+    tiling = Tiling(registers.widest, registers.widest, registers)
     return [
         chunk_sparse_ffn(None, None, None, dtype, None, gated, tiling).with_attr(
             "global_symbol", f"chunk_sparse_ffn_{dtype}" + ("_gated" if gated else "")

@@ -61,9 +61,9 @@ def linear_kernel(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Any, i
     from blockffn_compile.schedules.tir import build
     from blockffn_compile.schedules.tir.linear import panel_linear
 
-    target, (widest, tokens, dot) = host
-    panel = panel_width(outputs, widest)
-    function = panel_linear(inputs, outputs, DTYPES[dtype], panel, tokens, dot)
+    target, registers = host
+    panel = panel_width(outputs, registers.widest)
+    function = panel_linear(inputs, outputs, DTYPES[dtype], panel, registers)
     return build.load(function, target), panel
 
 
@@ -88,12 +88,11 @@ class CpuKernel:
 
         host = _host()
         assert host is not None
-        target, (widest, tokens, dot) = host
+        target, registers = host
         self.tiling = tile.Tiling(
-            panel_width(problem.expert_size, widest),
-            panel_width(problem.hidden_size, widest),
-            tokens,
-            dot,
+            panel_width(problem.expert_size, registers.widest),
+            panel_width(problem.hidden_size, registers.widest),
+            registers,
         )
         self.chunk = CHUNK_TOKENS
         self.sizes = {

@@ -41,8 +41,8 @@ def registers(target: tvm.target.Target) -> Registers:
     # 256 bits; NEON: 32 of 128 bits), which hold 6 x 16.
     has = tvm.target.codegen.target_has_features
     if "aarch64" in str(target.attrs["mtriple"]):
-        return Registers(16, 6, dot=bool(has("bf16", target)))
-    return Registers(64 if has("avx512f", target) else 16, 6, dot=False)
+        return Registers(16, 6, streams=2, dot=bool(has("bf16", target)))
+    return Registers(64, 6) if has("avx512f", target) else Registers(16, 6, streams=2)
 
 
 def context() -> tvm.transform.PassContext:

@@ -62,7 +62,7 @@ def chunk_sparse_ffn(
         act: activation of the experts; None takes it from the last argument, its index (int32) in
             :data:`ACTIVATIONS`.
         gated: whether there is a gate.
-        tiling: register use; its panels must be those of the packed weights.
+        tiling: panels of the packed weights, and register use.
 
     Returns:
         A function of x [n, H], scores [n, E], up and gate [E, S/P, H, P], down [E, H/P, S, P]
@@ -74,7 +74,8 @@ def chunk_sparse_ffn(
     )
     up_p, down_p = tiling.up_panel, tiling.down_panel
     up_panels, down_panels = (s + (up_p - 1)) // up_p, (h + (down_p - 1)) // down_p
-    dot_up, dot_down = (in_pairs(tiling.dot, dtype, depth) for depth in (h, s))
+    streams = tiling.registers.streams
+    dot_up, dot_down = (in_pairs(tiling.registers.dot, dtype, depth) for depth in (h, s))
     # 64 bytes more per row: rows a power of two apart would share one set of the L1 cache.
     pad = LANES
 
@@ -139,20 +140,23 @@ def chunk_sparse_ffn(
             with T.serial(down_panels * down_p // LANES) as v:
                 T.buffer_store(y32, broadcast(poison[0]), [t, at(v * LANES)])
 
-        with T.parallel(counts[0] * up_panels) as unit:
-            index = T.bind(unit // up_panels)
-            here = (T.bind(active[index]), T.bind(unit % up_panels))
-            following = T.bind(T.min(unit + 1, counts[0] * up_panels - 1))
-            then = (T.bind(active[following // up_panels]), T.bind(following % up_panels))
+        groups = (up_panels + (streams - 1)) // streams
+        with T.parallel(counts[0] * groups) as unit:
+            index = T.bind(unit // groups)
+            here = (T.bind(active[index]), T.bind(unit % groups * streams))
+            panels = T.bind(T.min(up_panels - here[1], streams))
+            following = T.bind(T.min(unit + 1, counts[0] * groups - 1))
+            then = (T.bind(active[following // groups]), T.bind(following % groups * streams))
             first, last = T.bind(offset[index]), T.bind(offset[index + 1])
 
             def project(weights: Any, result: Any) -> None:
                 add_products(
                     weights,
                     here,
+                    panels,
                     then,
                     (first, last),
-                    tiling.tokens,
+                    tiling.registers,
                     source=lambda pair: (x if dot_up else x32, T.bind(pair_token[pair])),
                     target=lambda pair: (result, pair),
                     accumulate=False,
@@ -164,7 +168,7 @@ def chunk_sparse_ffn(
                 project(gate, gates)
 
             def activate(function: Callable[[Any], Any]) -> None:
-                with T.serial(last - first) as i, T.serial(up_p // LANES) as v:
+                with T.serial(last - first) as i, T.serial(panels * (up_p // LANES)) as v:
                     pair = T.bind(first + i)
                     column = T.bind(here[1] * up_p + v * LANES)
                     value = T.bind(mid[pair, at(column)])
@@ -189,19 +193,21 @@ def chunk_sparse_ffn(
         with T.parallel((down_panels + (most - 1)) // most) as part:
             begin = T.bind(part * most)
             width = T.bind(T.min(most, down_panels - begin))
-            with T.serial(counts[0]) as index, T.serial(width) as column:
-                expert, panel = T.bind(active[index]), T.bind(begin + column)
+            groups = T.bind((width + (streams - 1)) // streams)
+            with T.serial(counts[0]) as index, T.serial(groups) as group:
+                expert, panel = T.bind(active[index]), T.bind(begin + group * streams)
                 following = T.bind(active[T.min(index + 1, counts[0] - 1)])
-                end = T.bind(column + 1 == width)
+                end = T.bind(group + 1 == groups)
                 add_products(
                     down,
                     (expert, panel),
+                    T.bind(T.min(begin + width - panel, streams)),
                     tuple(
                         T.bind(T.Select(end, *places))
-                        for places in ((following, expert), (begin, panel + 1))
+                        for places in ((following, expert), (begin, panel + streams))
                     ),
                     (T.bind(offset[index]), T.bind(offset[index + 1])),
-                    tiling.tokens,
+                    tiling.registers,
                     source=lambda pair: (mid16, pair),
                     target=lambda pair: (y32, T.bind(pair_token[pair])),
                     accumulate=True,

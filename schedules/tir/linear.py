@@ -13,6 +13,7 @@ from tvm.tirx.script.builder import ir as T
 from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.schedules.tir.tile import (
     LANES,
+    Registers,
     add_products,
     in_pairs,
     store_row,
@@ -21,7 +22,7 @@ from blockffn_compile.schedules.tir.tile import (
 
 
 def panel_linear(
-    inputs: int, outputs: int, dtype: str, panel: int, tokens: int, dot: bool = False
+    inputs: int, outputs: int, dtype: str, panel: int, registers: Registers
 ) -> tirx.PrimFunc:
     """Builds ``f(x, weight, y)``: ``y = x @ weight.T``.
 
@@ -30,14 +31,14 @@ def panel_linear(
         outputs: N.
         dtype: of every argument: float32, bfloat16 or float16.
         panel: P, a multiple of 16.
-        tokens: most tokens in one register tile.
-        dot: see ``tile.Registers``.
+        registers: what the target has.
 
     Returns:
         A function of x [n, K], weight panels [1, N/P, K, P] and the result y [n, N], for
         1 <= n <= CHUNK_TOKENS.
     """
-    panels, dot = -(-outputs // panel), in_pairs(dot, dtype, inputs)
+    panels, dot = -(-outputs // panel), in_pairs(registers.dot, dtype, inputs)
+    streams = registers.streams
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("panel_linear")
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
@@ -51,18 +52,21 @@ def panel_linear(
         if not dot:
             with T.serial(n) as t:
                 widen_row(x, x32, t)
-        with T.parallel(panels) as p:
+        with T.parallel(-(-panels // streams)) as group:
+            first = T.bind(group * streams)
+            count = T.bind(T.min(panels - first, streams))
             add_products(
                 weight,
-                (0, p),
-                (0, p + 1),
+                (0, first),
+                count,
+                (0, first + streams),
                 (0, n),
-                tokens,
+                registers,
                 source=lambda t: (x if dot else x32, t),
                 target=lambda t: (y32, t),
                 accumulate=False,
                 dot=dot,
             )
-            with T.serial(n) as t, T.serial(panel // LANES) as v:
-                store_row(y32, y, t, T.bind(p * panel + v * LANES))
+            with T.serial(n) as t, T.serial(count * (panel // LANES)) as v:
+                store_row(y32, y, t, T.bind(first * panel + v * LANES))
     return builder.get()

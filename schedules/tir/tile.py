@@ -7,6 +7,7 @@ time; vectors are explicit, and LLVM splits them to what the target has.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,34 +26,34 @@ CACHED_BYTES = 8192
 
 
 class Registers(NamedTuple):
-    """What a CPU's vector registers hold, and can do.
+    """How the kernels use a CPU's vector registers.
 
     Attributes:
         widest: most outputs of a panel, a multiple of 16.
         tokens: most tokens in one register tile.
+        streams: panels that a token meets together; reading several at a time is faster.
         dot: whether there is an instruction for pairs of bfloat16 products (Arm's ``bfdot``).
     """
 
     widest: int
     tokens: int
-    dot: bool
+    streams: int = 1
+    dot: bool = False
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernel uses registers.
+    """Panels of a layer's weights, and what they are made for.
 
     Attributes:
         up_panel: P of the up (and gate) panels, a multiple of 16.
         down_panel: P of the down panels, a multiple of 16.
-        tokens: most tokens in one register tile.
-        dot: whether to sum bfloat16 products in pairs, see :class:`Registers`.
+        registers: which both panels fit.
     """
 
     up_panel: int
     down_panel: int
-    tokens: int
-    dot: bool = False
+    registers: Registers
 
 
 def broadcast(value: Any) -> Any:
@@ -181,6 +182,23 @@ def in_pairs(dot: bool, dtype: str, depth: Any) -> bool:
     return dot and dtype == "bfloat16" and isinstance(depth, int) and depth % 2 == 0
 
 
+def _add_each(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: list[Any]) -> None:
+    """Adds the products with row ``k`` of a panel, ``place`` = [expert, panel, k].
+
+    Args:
+        sums: a buffer float32 [P] for each token.
+        inputs: (buffer float32, row) of each token.
+        weights: panels.
+        place: of the row.
+    """
+    vectors = range(0, int(weights.shape[-1]), LANES)
+    loaded = [T.bind(widen(weights[*place, at(v)], str(weights.dtype))) for v in vectors]
+    for (buffer, row), total in zip(inputs, sums, strict=True):
+        scalar = broadcast(buffer[row, place[-1]])
+        for v, vector in zip(vectors, loaded, strict=True):
+            T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
+
+
 def _add_pair(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: list[Any]) -> None:
     """Adds the products with rows ``k`` and ``k + 1`` of a panel, ``place`` = [expert, panel, k].
 
@@ -208,97 +226,128 @@ def _add_pair(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: l
                 T.buffer_store(total, value, [four])
 
 
+class _Place(NamedTuple):
+    """A panel, and the one that is read after it, which prefetching goes on to."""
+
+    here: tuple[Any, Any]
+    then: tuple[Any, Any]
+
+
 def add_products(
     weights: Any,
     here: tuple[Any, Any],
+    panels: Any,
     then: tuple[Any, Any],
     pairs: tuple[Any, Any],
-    most: int,
+    registers: Registers,
     source: Callable[[Any], tuple[Any, Any]],
     target: Callable[[Any], tuple[Any, Any]],
     accumulate: bool,
     dot: bool,
 ) -> None:
-    """``target[panel] (+)= source @ weights[expert, panel]`` for every pair.
+    """``target[panel] (+)= source @ weights[expert, panel]`` for every pair and panel.
 
-    A part of a panel meets all pairs while the first-level cache holds it.
+    A part of a panel meets all pairs while the first-level cache holds it.  A pair that is alone
+    meets ``registers.streams`` panels together, if they are as many.
 
     Args:
         weights: panels [E, N/P, K, P] of ``dtype``.
-        here: expert and panel.
-        then: those that are read next, which prefetching goes on to.
+        here: expert and first panel.
+        panels: how many, 1 to ``registers.streams``.
+        then: expert and first panel of those that are read next, which prefetching goes on to.
         pairs: first and last + 1.
-        most: pairs whose sums registers hold.
+        registers: how many sums they hold.
         source: pair to the (buffer, row) of its K inputs, in float32 or, with ``dot``, bfloat16.
         target: pair to the (buffer, row) of its N outputs in float32.
         accumulate: add to what is in ``target``.
         dot: sum products in pairs; see :func:`in_pairs`.
     """
     depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
-    vectors, column = range(0, width, LANES), here[1] * width
+    vectors, rows = range(0, width, LANES), 2 if dot else 1
 
-    def tile(count: int, begin: Any, first: Any, last: Any) -> None:
+    def add_block(
+        places: Sequence[_Place], inputs: Sequence[Any], outputs: Sequence[Any], block: Any
+    ) -> None:
+        # One small buffer each: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
+        sums = [[T.alloc_buffer((width,), "float32") for _ in inputs] for _ in places]
+        for total in itertools.chain(*sums):
+            for v in vectors:
+                T.buffer_store(total, f32(0), [at(v)])
+        ahead = [_ahead(weights, *place, block * BLOCK) for place in places]
+        with T.serial(T.min(BLOCK // rows, depth // rows - block * (BLOCK // rows))) as step:
+            k = T.bind(block * BLOCK + step * rows)
+            for place, (*panel, first), totals in zip(places, ahead, sums, strict=True):
+                _prefetch(weights, [*panel, first + step * rows], rows)
+                (_add_pair if dot else _add_each)(totals, inputs, weights, [*place.here, k])
+        for place, totals in zip(places, sums, strict=True):
+            for (buffer, row), total in zip(outputs, totals, strict=True):
+                for v in vectors:
+                    cell = [row, at(place.here[1] * width + v)]
+                    T.buffer_store(buffer, buffer[*cell] + total[at(v)], cell)
+
+    def tile(places: Sequence[_Place], count: int, begin: Any, first: Any, last: Any) -> None:
         inputs = [source(begin + i) for i in range(count)]
         outputs = [target(begin + i) for i in range(count)]
         with T.serial(last - first) as step:
-            add_block(inputs, outputs, T.bind(first + step))
+            add_block(places, inputs, outputs, T.bind(first + step))
 
-    def add_block(inputs: Sequence[Any], outputs: Sequence[Any], block: Any) -> None:
-        # One small buffer a pair: under 1 kB a buffer is a stack slot that LLVM keeps in registers.
-        sums = [T.alloc_buffer((width,), "float32") for _ in inputs]
-        for total in sums:
-            for v in vectors:
-                T.buffer_store(total, f32(0), [at(v)])
-        *panel, first = _ahead(weights, here, then, block * BLOCK)
-        if dot:
-            with T.serial(T.min(BLOCK // 2, depth // 2 - block * (BLOCK // 2))) as step:
-                _prefetch(weights, [*panel, first + step * 2], rows=2)
-                _add_pair(sums, inputs, weights, [*here, T.bind(block * BLOCK + step * 2)])
-        else:
-            with T.serial(T.min(BLOCK, depth - block * BLOCK)) as step:
-                _prefetch(weights, [*panel, first + step])
-                add_each(inputs, sums, T.bind(block * BLOCK + step))
-        for (buffer, row), total in zip(outputs, sums, strict=True):
-            for v in vectors:
-                place = [row, at(column + v)]
-                T.buffer_store(buffer, buffer[*place] + total[at(v)], place)
-
-    def add_each(inputs: Sequence[Any], sums: Sequence[Any], k: Any) -> None:
-        loaded = [T.bind(widen(weights[*here, k, at(v)], dtype)) for v in vectors]
-        for (buffer, row), total in zip(inputs, sums, strict=True):
-            scalar = broadcast(buffer[row, k])
-            for v, vector in zip(vectors, loaded, strict=True):
-                T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
-
-    if not accumulate:
-        with T.serial(pairs[1] - pairs[0]) as i:
-            buffer, row = target(T.bind(pairs[0] + i))
-            for v in vectors:
-                T.buffer_store(buffer, f32(0), [row, at(column + v)])
-    # Tiles as even as can be.
     total = T.bind(pairs[1] - pairs[0])
-    tiles = T.bind(T.max((total + (most - 1)) // most, 1))
-    least, larger = T.bind(total // tiles), T.bind(total % tiles)
-    code = T.attr(0, "pragma_import_llvm", _BFDOT) if dot else contextlib.nullcontext()
+    if not accumulate:
+        with T.serial(total) as i, T.serial(panels * (width // LANES)) as v:
+            buffer, row = target(T.bind(pairs[0] + i))
+            T.buffer_store(buffer, f32(0), [row, at(T.bind(here[1] * width + v * LANES))])
     blocks = (depth + (BLOCK - 1)) // BLOCK
     together = max(CACHED_BYTES // (BLOCK * width * DataType(dtype).itemsize), 1)
-    with code, T.serial((blocks + (together - 1)) // together) as part, T.serial(tiles) as j:
-        # Read back from a variable: TVM's arithmetic would carry the quotients through every index
-        # of the tile, which took most of the time to compile.
-        start = T.alloc_buffer((1,), "int32")
-        T.buffer_store(start, pairs[0] + least * j + T.min(j, larger), [0])
-        begin, count = T.bind(start[0]), T.bind(T.Select(j < larger, least + 1, least))
+    # Tiles as even as can be.
+    most = registers.tokens
+    tiles = T.bind(T.max((total + (most - 1)) // most, 1))
+    least, larger = T.bind(total // tiles), T.bind(total % tiles)
 
-        def choose(size: int) -> None:
-            with T.If(count == size):
-                with T.Then():
-                    first = T.bind(part * together)
-                    tile(size, begin, first, T.bind(T.min(first + together, blocks)))
-                if size < most:
-                    with T.Else():
-                        choose(size + 1)
+    def one_by_one() -> None:
+        with T.serial(panels) as i:
+            panel = T.bind(here[1] + i)
+            end = T.bind(i + 1 == panels)
+            following = zip(then, (here[0], panel + 1), strict=True)
+            place = _Place(
+                (here[0], panel), tuple(T.bind(T.Select(end, *each)) for each in following)
+            )
+            with T.serial((blocks + (together - 1)) // together) as part, T.serial(tiles) as j:
+                # Read back from a variable: TVM's arithmetic would carry the quotients through
+                # every index of the tile, which took most of the time to compile.
+                start = T.alloc_buffer((1,), "int32")
+                T.buffer_store(start, pairs[0] + least * j + T.min(j, larger), [0])
+                begin, count = T.bind(start[0]), T.bind(T.Select(j < larger, least + 1, least))
 
-        choose(1)
+                def choose(size: int) -> None:
+                    with T.If(count == size):
+                        with T.Then():
+                            first = T.bind(part * together)
+                            last = T.bind(T.min(first + together, blocks))
+                            tile([place], size, begin, first, last)
+                        if size < most:
+                            with T.Else():
+                                choose(size + 1)
+
+                choose(1)
+
+    with T.attr(0, "pragma_import_llvm", _BFDOT) if dot else contextlib.nullcontext():
+        if registers.streams == 1:
+            one_by_one()
+            return
+        with T.If(tirx.all(total == 1, panels == registers.streams)):
+            with T.Then():
+                tile(
+                    [
+                        _Place((here[0], here[1] + i), (then[0], then[1] + i))
+                        for i in range(registers.streams)
+                    ],
+                    1,
+                    pairs[0],
+                    0,
+                    blocks,
+                )
+            with T.Else():
+                one_by_one()
 
 
 def widen_row(source: Any, target: Any, row: Any) -> None:

@@ -29,13 +29,13 @@ HIDDEN, EXPERTS, SIZE, TOKENS = 96, 5, 40, 13
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels for that target."""
-    _, tokens, dot = TARGET.registers
-    assert dot
+    registers = TARGET.registers
+    assert registers.dot
     ffn = chunk_sparse_ffn(
-        HIDDEN, EXPERTS, SIZE, "bfloat16", "silu", True, Tiling(16, 16, tokens, dot)
+        HIDDEN, EXPERTS, SIZE, "bfloat16", "silu", True, Tiling(16, 16, registers)
     )
-    linear = panel_linear(HIDDEN, SIZE, "bfloat16", 16, tokens, dot)
-    odd = panel_linear(SIZE - 1, SIZE, "bfloat16", 16, tokens, dot)
+    linear = panel_linear(HIDDEN, SIZE, "bfloat16", 16, registers)
+    odd = panel_linear(SIZE - 1, SIZE, "bfloat16", 16, registers)
     path = tmp_path_factory.mktemp("kernels") / "kernels.so"
     link = cc.cross_compiler(TARGET.linker, options=["-shared", "-fPIC"])
     functions = [ffn, linear, odd.with_attr("global_symbol", "odd_linear")]

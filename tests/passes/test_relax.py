@@ -24,7 +24,7 @@ from tests.passes.near_misses import NEAR_MISSES, OTHERS
 from tests.passes.spellings import MATCHES, E, H, S, Spelling, T
 
 #: Narrow and of one token a tile: they compile fast.
-KERNELS = CpuKernels(Registers(16, 1, False))
+KERNELS = CpuKernels(Registers(16, 1))
 TARGET = tvm.target.Target({"kind": "llvm", "opt-level": 0})
 #: Largest difference, relative to the largest output.
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

@@ -12,7 +12,7 @@ import torch
 from blockffn_compile.schedules import cache as disk
 from blockffn_compile.schedules.tir import build
 from blockffn_compile.schedules.tir.cpu import chunk_sparse_ffn
-from blockffn_compile.schedules.tir.tile import Tiling
+from blockffn_compile.schedules.tir.tile import Registers, Tiling
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def entries(cache):
 
 
 def load():
-    function = chunk_sparse_ffn(16, 2, 16, "float32", "relu", False, Tiling(16, 16, 1))
+    function = chunk_sparse_ffn(16, 2, 16, "float32", "relu", False, Tiling(16, 16, Registers(16, 1)))
     return build.load(function, build.host_target())
 
 

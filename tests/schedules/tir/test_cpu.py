@@ -8,9 +8,9 @@ import torch
 from blockffn_compile.schedules.packing import to_panels
 from blockffn_compile.schedules.tir import DTYPES, build
 from blockffn_compile.schedules.tir.cpu import chunk_sparse_ffn
-from blockffn_compile.schedules.tir.tile import ACTIVATIONS, Tiling
+from blockffn_compile.schedules.tir.tile import ACTIVATIONS, Registers, Tiling
 
-TILING = Tiling(32, 16, 3)
+TILING = Tiling(32, 16, Registers(32, tokens=3, streams=2))
 
 
 @pytest.mark.parametrize(
