@@ -31,7 +31,7 @@ class Registers(NamedTuple):
     Attributes:
         widest: most outputs of a panel, a multiple of 16.
         tokens: most tokens in one register tile.
-        streams: panels that a token meets together; reading several at a time is faster.
+        streams: panels that few tokens meet side by side; memory is faster with several readers.
         dot: whether there is an instruction for pairs of bfloat16 products (Arm's ``bfdot``).
     """
 
@@ -247,23 +247,26 @@ def add_products(
 ) -> None:
     """``target[panel] (+)= source @ weights[expert, panel]`` for every pair and panel.
 
-    A part of a panel meets all pairs while the first-level cache holds it.  A pair that is alone
-    meets ``registers.streams`` panels together, if they are as many.
+    A part of a panel meets all pairs while the first-level cache holds it.  Few pairs meet
+    ``registers.streams`` panels side by side, where registers hold all their sums.
 
     Args:
         weights: panels [E, N/P, K, P] of ``dtype``.
         here: expert and first panel.
-        panels: how many, 1 to ``registers.streams``.
+        panels: how many from there on, 1 to ``registers.streams``.
         then: expert and first panel of those that are read next, which prefetching goes on to.
         pairs: first and last + 1.
-        registers: how many sums they hold.
+        registers: how many tokens and panels at a time.
         source: pair to the (buffer, row) of its K inputs, in float32 or, with ``dot``, bfloat16.
         target: pair to the (buffer, row) of its N outputs in float32.
         accumulate: add to what is in ``target``.
         dot: sum products in pairs; see :func:`in_pairs`.
     """
-    depth, width, dtype = weights.shape[2], int(weights.shape[3]), str(weights.dtype)
+    depth, width = weights.shape[2], int(weights.shape[3])
+    itemsize = DataType(str(weights.dtype)).itemsize
     vectors, rows = range(0, width, LANES), 2 if dot else 1
+    most, streams = registers.tokens, registers.streams
+    few = most // streams
 
     def add_block(
         places: Sequence[_Place], inputs: Sequence[Any], outputs: Sequence[Any], block: Any
@@ -274,7 +277,7 @@ def add_products(
             for v in vectors:
                 T.buffer_store(total, f32(0), [at(v)])
         # Hardware keeps up with several streams of whole cache lines (measured on Zen 3: 1.09x).
-        fetch = len(places) == 1 or width * DataType(dtype).itemsize % CACHE_LINE_BYTES
+        fetch = len(places) == 1 or width * itemsize % CACHE_LINE_BYTES
         ahead = [_ahead(weights, *place, block * BLOCK) for place in places]
         with T.serial(T.min(BLOCK // rows, depth // rows - block * (BLOCK // rows))) as step:
             k = T.bind(block * BLOCK + step * rows)
@@ -300,57 +303,55 @@ def add_products(
             buffer, row = target(T.bind(pairs[0] + i))
             T.buffer_store(buffer, f32(0), [row, at(T.bind(here[1] * width + v * LANES))])
     blocks = (depth + (BLOCK - 1)) // BLOCK
-    together = max(CACHED_BYTES // (BLOCK * width * DataType(dtype).itemsize), 1)
-    # Tiles as even as can be.
-    most = registers.tokens
-    tiles = T.bind(T.max((total + (most - 1)) // most, 1))
-    least, larger = T.bind(total // tiles), T.bind(total % tiles)
+
+    def choose(number: Any, sizes: Sequence[int], run: Callable[[int], None]) -> None:
+        """Runs what is built for one of ``sizes``, or for the last one."""
+        if len(sizes) == 1:
+            run(sizes[0])
+            return
+        with T.If(number == sizes[0]):
+            with T.Then():
+                run(sizes[0])
+            with T.Else():
+                choose(number, sizes[1:], run)
+
+    def side_by_side() -> None:
+        places = [_Place((here[0], here[1] + i), (then[0], then[1] + i)) for i in range(streams)]
+        choose(total, range(1, few + 1), lambda size: tile(places, size, pairs[0], 0, blocks))
 
     def one_by_one() -> None:
-        with T.serial(panels) as i:
-            panel = T.bind(here[1] + i)
-            end = T.bind(i + 1 == panels)
+        together = max(CACHED_BYTES // (BLOCK * width * itemsize), 1)
+        # Tiles as even as can be.
+        tiles = T.bind(T.max((total + (most - 1)) // most, 1))
+        least, larger = T.bind(total // tiles), T.bind(total % tiles)
+        with (
+            T.serial(panels) as i,
+            T.serial((blocks + (together - 1)) // together) as part,
+            T.serial(tiles) as j,
+        ):
+            panel, end = T.bind(here[1] + i), T.bind(i + 1 == panels)
             following = zip(then, (here[0], panel + 1), strict=True)
             place = _Place(
                 (here[0], panel), tuple(T.bind(T.Select(end, *each)) for each in following)
             )
-            with T.serial((blocks + (together - 1)) // together) as part, T.serial(tiles) as j:
-                # Read back from a variable: TVM's arithmetic would carry the quotients through
-                # every index of the tile, which took most of the time to compile.
-                start = T.alloc_buffer((1,), "int32")
-                T.buffer_store(start, pairs[0] + least * j + T.min(j, larger), [0])
-                begin, count = T.bind(start[0]), T.bind(T.Select(j < larger, least + 1, least))
-
-                def choose(size: int) -> None:
-                    with T.If(count == size):
-                        with T.Then():
-                            first = T.bind(part * together)
-                            last = T.bind(T.min(first + together, blocks))
-                            tile([place], size, begin, first, last)
-                        if size < most:
-                            with T.Else():
-                                choose(size + 1)
-
-                choose(1)
+            # Read back from a variable: TVM's arithmetic would carry the quotients through every
+            # index of the tile, which took most of the time to compile.
+            start = T.alloc_buffer((1,), "int32")
+            T.buffer_store(start, pairs[0] + least * j + T.min(j, larger), [0])
+            begin, count = T.bind(start[0]), T.bind(T.Select(j < larger, least + 1, least))
+            first = T.bind(part * together)
+            last = T.bind(T.min(first + together, blocks))
+            choose(count, range(1, most + 1), lambda size: tile([place], size, begin, first, last))
 
     with T.attr(0, "pragma_import_llvm", _BFDOT) if dot else contextlib.nullcontext():
-        if registers.streams == 1:
+        if streams == 1:
             one_by_one()
-            return
-        with T.If(tirx.all(total == 1, panels == registers.streams)):
-            with T.Then():
-                tile(
-                    [
-                        _Place((here[0], here[1] + i), (then[0], then[1] + i))
-                        for i in range(registers.streams)
-                    ],
-                    1,
-                    pairs[0],
-                    0,
-                    blocks,
-                )
-            with T.Else():
-                one_by_one()
+        else:
+            with T.If(tirx.all(total <= few, panels == streams)):
+                with T.Then():
+                    side_by_side()
+                with T.Else():
+                    one_by_one()
 
 
 def widen_row(source: Any, target: Any, row: Any) -> None:

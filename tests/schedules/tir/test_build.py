@@ -27,7 +27,9 @@ def entries(cache):
 
 
 def load():
-    function = chunk_sparse_ffn(16, 2, 16, "float32", "relu", False, Tiling(16, 16, Registers(16, 1)))
+    function = chunk_sparse_ffn(
+        16, 2, 16, "float32", "relu", False, Tiling(16, 16, Registers(16, 1))
+    )
     return build.load(function, build.host_target())
 
 
