@@ -43,3 +43,30 @@ def test_open_shapes_give_the_same_bits(dtype, gated):
             anything(*arguments, result, index)
             assert expected.isfinite().all()
             assert torch.equal(result, expected), (act, tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("streams", [2, 3])
+def test_panels_side_by_side_give_the_same_bits(dtype, streams):
+    """Against one panel at a time; the numbers of panels leave groups of every size."""
+    name, target, experts = DTYPES[dtype], build.host_target(), 4
+    one, several = (
+        build.load(
+            chunk_sparse_ffn(None, None, None, name, "silu", False, Tiling(16, 16, registers)),
+            target,
+        )
+        for registers in (Registers(16, tokens=6, streams=n) for n in (1, streams))
+    )
+    for hidden, size in [(16, 16), (33, 80), (130, 49)]:
+        torch.manual_seed(hidden)
+        up = to_panels(torch.randn(experts, size, hidden).to(dtype), 16)
+        down = to_panels(torch.randn(experts, hidden, size).to(dtype), 16)
+        for tokens in (1, 2, 3, 4, 9):
+            x = torch.randn(tokens, hidden).to(dtype)
+            scores = torch.rand(tokens, experts).to(dtype)
+            scores[1:, 1], scores[:, 2] = 0, 0  # an expert of one token, and one of none
+            expected, result = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+            one(x, scores, up, down, expected)
+            several(x, scores, up, down, result)
+            assert expected.isfinite().all()
+            assert torch.equal(result, expected), (hidden, tokens)
