@@ -18,7 +18,7 @@ demo: $(READY) compiler
 	@$(BIN)/blockffn demo
 
 test: $(READY) compiler arm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,7 +35,8 @@ test-gpu: $(READY)
 	@if command -v compute-sanitizer >/dev/null; then \
 	  for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 \
-	      $(BIN)/python -m pytest tests/schedules/triton/on_gpu.py -k memory || exit 1; \
+	      $(BIN)/python -m pytest tests/schedules/triton/on_gpu.py::test_memory \
+	        tests/aot/on_gpu.py::test_error_is_within_eager || exit 1; \
 	  done; \
 	else echo "no compute-sanitizer here: memory errors were not looked for"; fi
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from blockffn_compile.schedules.tir.header import attention_arguments, kernel
 from blockffn_compile.schedules.tir.tile import (
     LANES,
     at,
@@ -60,17 +60,11 @@ def cached_attention(
     """
     group = heads // kv_heads
     shared = QUERIES if group % QUERIES == 0 else 1
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("cached_attention")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
-        n, batch, length = (tirx.Var(name, "int32") for name in ("n", "batch", "length"))
-        q = T.arg("q", T.buffer((n, heads, key_dim), dtype))
-        keys = T.arg("keys", T.buffer((batch, kv_heads, length, key_dim), dtype))
-        values = T.arg("values", T.buffer((batch, kv_heads, length, value_dim), dtype))
-        rows, context, ancestors = (
-            T.arg(name, T.buffer((n,), "int64")) for name in ("rows", "context", "ancestors")
+    with kernel("cached_attention") as builder:
+        q, keys, values, rows, context, ancestors, y = attention_arguments(
+            heads, kv_heads, key_dim, value_dim, dtype
         )
-        y = T.arg("y", T.buffer((n, heads, value_dim), dtype))
+        n, length = q.shape[0], keys.shape[2]
 
         with T.parallel(n * kv_heads) as unit:
             head, t = T.bind(unit // n), T.bind(unit % n)

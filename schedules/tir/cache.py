@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from blockffn_compile.schedules.tir.header import kernel, move_arguments, store_arguments
 from blockffn_compile.schedules.tir.tile import LANES, at
 
 
@@ -21,13 +21,9 @@ def store_entries(heads: int, dim: int, dtype: str) -> tirx.PrimFunc:
         A function of cache [B, G, L, D], written in place, new [n, G, D], and int64 [n] each:
         rows and slots.
     """
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("store_entries")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
-        n, batch, length = (tirx.Var(name, "int32") for name in ("n", "batch", "length"))
-        cache = T.arg("cache", T.buffer((batch, heads, length, dim), dtype))
-        new = T.arg("new", T.buffer((n, heads, dim), dtype))
-        rows, slots = (T.arg(name, T.buffer((n,), "int64")) for name in ("rows", "slots"))
+    with kernel("store_entries") as builder:
+        cache, new, rows, slots = store_arguments(heads, dim, dtype)
+        n = rows.shape[0]
         with T.serial(n) as t:
             row, slot = (T.bind(T.cast(place[t], "int32")) for place in (rows, slots))
             with T.serial(heads) as head, T.serial(dim // LANES) as v:
@@ -49,14 +45,9 @@ def move_entries(heads: int, dim: int, dtype: str) -> tirx.PrimFunc:
         A function of cache [B, G, L, D], written in place, and int64 [n] each: rows, sources and
         slots.
     """
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("move_entries")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
-        n, batch, length = (tirx.Var(name, "int32") for name in ("n", "batch", "length"))
-        cache = T.arg("cache", T.buffer((batch, heads, length, dim), dtype))
-        rows, sources, slots = (
-            T.arg(name, T.buffer((n,), "int64")) for name in ("rows", "sources", "slots")
-        )
+    with kernel("move_entries") as builder:
+        cache, rows, sources, slots = move_arguments(heads, dim, dtype)
+        n = rows.shape[0]
         with T.serial(n) as i:
             row, source, slot = (
                 T.bind(T.cast(place[i], "int32")) for place in (rows, sources, slots)

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import DataType, tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from blockffn_compile.schedules.tir.header import kernel
 from blockffn_compile.schedules.tir.tile import (
     ACTIVATIONS,
     LANES,
@@ -79,9 +79,7 @@ def chunk_sparse_ffn(
     # 64 bytes more per row: rows a power of two apart would share one set of the L1 cache.
     pad = LANES
 
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("chunk_sparse_ffn")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+    with kernel("chunk_sparse_ffn") as builder:
         n = tirx.Var("n", "int32")
         x = T.arg("x", T.buffer((n, h), dtype))
         scores = T.arg("scores", T.buffer((n, e), dtype))

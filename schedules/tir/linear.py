@@ -7,10 +7,10 @@ others: each output's sum has one fixed order (see ``tile.add_products``).
 from __future__ import annotations
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.schedules.tir.header import kernel
 from blockffn_compile.schedules.tir.tile import (
     LANES,
     Registers,
@@ -39,9 +39,7 @@ def panel_linear(
     """
     panels, dot = -(-outputs // panel), in_pairs(registers.dot, dtype, inputs)
     streams = registers.streams
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("panel_linear")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+    with kernel("panel_linear") as builder:
         n = tirx.Var("n", "int32")
         x = T.arg("x", T.buffer((n, inputs), dtype))
         weight = T.arg("weight", T.buffer((1, panels, inputs, panel), dtype))

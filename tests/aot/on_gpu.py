@@ -69,10 +69,10 @@ def test_error_is_within_eager(pair, engine):
     assert errors[0] <= 1.5 * errors[1]
 
 
+# Near-ties of bfloat16 may fall either way.
+@pytest.mark.parametrize("pair", [("mla", torch.float32)], indirect=True, ids=str)
 def test_greedy_tokens_are_those_of_the_model(pair):
     bundle, model = pair
-    if model.lm_head.weight.dtype != torch.float32:
-        pytest.skip("near-ties of bfloat16 may fall either way")
     exact, text = copy.deepcopy(model).double(), list(PROMPT)
     for token in greedy(Session(bundle, max_length=40), PROMPT):
         assert token == int(exact(torch.tensor([text]))[0, -1].argmax())

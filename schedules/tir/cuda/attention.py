@@ -9,10 +9,9 @@ predecessors are still nodes of a tree or already part of the context.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from blockffn_compile.schedules.tir.cuda.tile import (
@@ -27,6 +26,7 @@ from blockffn_compile.schedules.tir.cuda.tile import (
     synchronise,
     variable,
 )
+from blockffn_compile.schedules.tir.header import attention_arguments, kernel
 from blockffn_compile.schedules.tir.tile import narrow, widen
 
 #: Keys of a piece, and threads of a block.
@@ -34,6 +34,26 @@ PIECE = 128
 #: Values of a column that a thread has under way.
 UNROLL = 8
 LEAST = -3e38
+
+
+class _Piece(NamedTuple):
+    """The keys that a block works on, and the thread that does so.
+
+    Attributes:
+        token: that the queries are of.
+        row: of the cache.
+        head: of keys and values.
+        number: of the piece among those of the token.
+        keys: of this piece.
+        thread: index in the block.
+    """
+
+    token: Any
+    row: Any
+    head: Any
+    number: Any
+    keys: Any
+    thread: Any
 
 
 def cached_attention(
@@ -44,17 +64,11 @@ def cached_attention(
     As ``schedules.tir.attention.cached_attention``; key_dim a multiple of 8, any value_dim.
     """
     group = heads // kv_heads
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("cached_attention")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
-        n, batch, length = (tirx.Var(name, "int32") for name in ("n", "batch", "length"))
-        q = T.arg("q", T.buffer((n, heads, key_dim), dtype))
-        keys = T.arg("keys", T.buffer((batch, kv_heads, length, key_dim), dtype))
-        values = T.arg("values", T.buffer((batch, kv_heads, length, value_dim), dtype))
-        rows, context, ancestors = (
-            T.arg(name, T.buffer((n,), "int64")) for name in ("rows", "context", "ancestors")
+    with kernel("cached_attention") as builder:
+        q, keys, values, rows, context, ancestors, y = attention_arguments(
+            heads, kv_heads, key_dim, value_dim, dtype
         )
-        y = T.arg("y", T.buffer((n, heads, value_dim), dtype))
+        n, length = q.shape[0], keys.shape[2]
         most = (length + (PIECE - 1)) // PIECE
         # Of each piece: sums of the values, weighted by exp(score - largest score); sums of these
         # weights; the largest score.
@@ -67,11 +81,12 @@ def cached_attention(
             return past, kept(past + device("int32", "__popcll", ancestors[t]))
 
         with launch(n * kv_heads * most, PIECE) as (block, thread):
-            t, head, piece = digits(block, kv_heads, most)
+            t, head, number = digits(block, kv_heads, most)
             past, count = count_of(t)
-            here = kept(T.min(count - piece * PIECE, PIECE))  # keys of this piece
+            here = kept(T.min(count - number * PIECE, PIECE))
             with T.If(here > 0), T.Then():
                 row = kept(T.cast(rows[t], "int32"))
+                piece = _Piece(t, row, head, number, here, thread)
                 queries = T.alloc_buffer((group, key_dim), "float32", scope="shared")
                 scores, weights = (
                     T.alloc_buffer((group, PIECE), "float32", scope="shared") for _ in range(2)
@@ -84,14 +99,14 @@ def cached_attention(
                         T.buffer_store(queries, value * T.float32(key_dim**-0.5), [g, d])
                 slot = variable(0, "int32")
                 with T.If(thread < here), T.Then():
-                    _find_slot(slot, piece * PIECE + thread, past, ancestors[t])
+                    _find_slot(slot, number * PIECE + thread, past, ancestors[t])
                 T.buffer_store(slots, slot[0], [thread])
                 synchronise()
-                _score(keys, queries, scores, row, head, slot, thread, here)
+                _score(piece, keys, queries, slot, scores)
                 synchronise()
-                _weigh(scores, weights, sums, tops, t, head, piece, thread, here)
+                _weigh(piece, scores, weights, sums, tops)
                 synchronise()
-                _mean(values, weights, slots, means, row, t, head, piece, thread, here)
+                _mean(piece, values, weights, slots, means)
 
         with launch(n * heads, PIECE) as (block, thread):
             t, head = digits(block, heads)
@@ -128,21 +143,19 @@ def _find_slot(slot: Any, index: Any, past: Any, ancestors: Any) -> None:
         T.buffer_store(slot, past + first - 1, [0])
 
 
-def _score(
-    keys: Any, queries: Any, scores: Any, row: Any, head: Any, slot: Any, thread: Any, here: Any
-) -> None:
+def _score(piece: _Piece, keys: Any, queries: Any, slot: Any, scores: Any) -> None:
     """Each thread the scores of its key."""
     (group, key_dim), dtype = map(int, queries.shape), str(keys.dtype)
     vector = 4 if dtype == "float32" else 8
     sums = T.alloc_buffer((group,), "float32", scope="local")
     with T.unroll(group) as g:
         T.buffer_store(sums, T.float32(LEAST), [g])
-    with T.If(thread < here), T.Then():
+    with T.If(piece.thread < piece.keys), T.Then():
         with T.unroll(group) as g:
             T.buffer_store(sums, T.float32(0), [g])
         with T.serial(key_dim // vector) as i:
             loaded = T.alloc_buffer((4,), "uint32", scope="local")
-            value = keys[row, head, slot[0], T.ramp(i * vector, 1, vector)]
+            value = keys[piece.row, piece.head, slot[0], T.ramp(i * vector, 1, vector)]
             T.buffer_store(loaded, T.reinterpret("uint32x4", value), [T.ramp(0, 1, 4)])
             with T.unroll(vector) as j:
                 key = kept(element(loaded, j, dtype), "float32")
@@ -151,23 +164,13 @@ def _score(
                     T.buffer_store(sums, fma(key, query, sums[g]), [g])
     synchronise()  # TVM may give the scores the memory of the queries
     with T.unroll(group) as g:
-        T.buffer_store(scores, sums[g], [g, thread])
+        T.buffer_store(scores, sums[g], [g, piece.thread])
 
 
-def _weigh(
-    scores: Any,
-    weights: Any,
-    sums: Any,
-    tops: Any,
-    t: Any,
-    head: Any,
-    piece: Any,
-    thread: Any,
-    here: Any,
-) -> None:
+def _weigh(piece: _Piece, scores: Any, weights: Any, sums: Any, tops: Any) -> None:
     """Scores to weights exp(score - largest); each warp has some of the queries."""
     group, warps = int(weights.shape[0]), PIECE // WARP
-    warp, lane = digits(thread, WARP)
+    warp, lane = digits(piece.thread, WARP)
     with T.serial(-(-group // warps)) as i:
         g = kept(i * warps + warp)
         with T.If(g < group), T.Then():
@@ -181,46 +184,37 @@ def _weigh(
                 top = kept(T.max(top, swap(top, distance)), "float32")
             for place, score in zip(places, mine, strict=True):
                 weight = device("float32", "expf", score - top)
-                weight = kept(T.Select(place < here, weight, T.float32(0)), "float32")
+                weight = kept(T.Select(place < piece.keys, weight, T.float32(0)), "float32")
                 T.buffer_store(weights, weight, [g, place])
                 total = total + weight
             total = kept(total, "float32")
             for distance in (16, 8, 4, 2, 1):
                 total = kept(total + swap(total, distance), "float32")
             with T.If(lane == 0), T.Then():
-                T.buffer_store(tops, top, [t, head * group + g, piece])
-                T.buffer_store(sums, total, [t, head * group + g, piece])
+                place = [piece.token, piece.head * group + g, piece.number]
+                T.buffer_store(tops, top, place)
+                T.buffer_store(sums, total, place)
 
 
-def _mean(
-    values: Any,
-    weights: Any,
-    slots: Any,
-    means: Any,
-    row: Any,
-    t: Any,
-    head: Any,
-    piece: Any,
-    thread: Any,
-    here: Any,
-) -> None:
+def _mean(piece: _Piece, values: Any, weights: Any, slots: Any, means: Any) -> None:
     """Weighted sums of the values; each thread has some of the columns."""
     group, (width, dtype) = int(weights.shape[0]), (int(values.shape[3]), str(values.dtype))
     with T.serial(-(-width // PIECE)) as i:
-        column = kept(i * PIECE + thread)
+        column = kept(i * PIECE + piece.thread)
         with T.If(column < width), T.Then():
             parts = T.alloc_buffer((group,), "float32", scope="local")
             with T.unroll(group) as g:
                 T.buffer_store(parts, T.float32(0), [g])
-            with T.serial((here + (UNROLL - 1)) // UNROLL) as block:
+            with T.serial((piece.keys + (UNROLL - 1)) // UNROLL) as block:
                 loaded = T.alloc_buffer((UNROLL,), "float32", scope="local")
                 with T.unroll(UNROLL) as j:  # all reads before the first use
                     place = kept(block * UNROLL + j)
-                    value = widen(values[row, head, slots[place], column], dtype, 1)
-                    value = T.if_then_else(place < here, value, T.float32(0))
+                    value = widen(values[piece.row, piece.head, slots[place], column], dtype, 1)
+                    value = T.if_then_else(place < piece.keys, value, T.float32(0))
                     T.buffer_store(loaded, value, [j])
                 with T.unroll(UNROLL) as j, T.unroll(group) as g:  # past the last key, 0 * 0
                     weight = weights[g, block * UNROLL + j]
                     T.buffer_store(parts, fma(loaded[j], weight, parts[g]), [g])
             with T.unroll(group) as g:
-                T.buffer_store(means, parts[g], [t, head * group + g, piece, column])
+                query = piece.head * group + g
+                T.buffer_store(means, parts[g], [piece.token, query, piece.number, column])

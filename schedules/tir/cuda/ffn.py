@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from blockffn_compile.schedules.tir.cuda.tile import (
@@ -39,6 +38,7 @@ from blockffn_compile.schedules.tir.cuda.tile import (
     variable,
     votes,
 )
+from blockffn_compile.schedules.tir.header import kernel
 from blockffn_compile.schedules.tir.tile import narrow, widen
 
 
@@ -77,9 +77,7 @@ def chunk_sparse_ffn(
         with P = PANEL, and the result y [n, H], for n from 1 to 64.
     """
     up_panels, down_panels = -(-size // PANEL), -(-hidden // PANEL)
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("chunk_sparse_ffn")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+    with kernel("chunk_sparse_ffn") as builder:
         n = tirx.Var("n", "int32")
         x = T.arg("x", T.buffer((n, hidden), dtype))
         scores = T.arg("scores", T.buffer((n, experts), dtype))

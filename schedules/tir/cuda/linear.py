@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from blockffn_compile.schedules.tir.cuda.tile import (
@@ -19,6 +18,7 @@ from blockffn_compile.schedules.tir.cuda.tile import (
     total,
     totals,
 )
+from blockffn_compile.schedules.tir.header import kernel
 from blockffn_compile.schedules.tir.tile import narrow, widen
 
 
@@ -35,9 +35,7 @@ def panel_linear(inputs: int, outputs: int, dtype: str) -> tirx.PrimFunc:
         [n, N], for any n from 1.
     """
     panels, stride = -(-outputs // PANEL), depth(dtype)
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("panel_linear")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+    with kernel("panel_linear") as builder:
         n = tirx.Var("n", "int32")
         x = T.arg("x", T.buffer((n, inputs), dtype))
         weight = T.arg("weight", T.buffer((1, panels, inputs, PANEL), dtype))
