@@ -35,8 +35,8 @@ from blockffn_compile.passes.onnx_function import DOMAIN, NAME, function
 HIDDEN, EXPERTS, SIZE = 2048, 48, 128
 OPSET = 20
 TOKENS = (1, 2, 7, 8, 33, 64, 200)
-#: Active experts; the portable form turns dense between a third and two thirds of them.
-ACTIVE = (0.1, 0.2, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 1.0)
+#: Active experts; the portable form turns dense between a quarter and two thirds of them.
+ACTIVE = (0.1, 0.2, 0.25, 0.35, 0.4, 0.5, 0.6, 0.7, 1.0)
 #: What each sparse form is to reach at (tokens, active experts); elsewhere ``FLOOR``.
 BARS = {
     "portable": {(1, 0.2): 1.3},

@@ -38,10 +38,11 @@ _ACTIVATIONS: dict[Activation, str] = {
 # A zero in a shape stands for the operand's own size.  All that shapes decide is constant, and
 # runtimes compute it once.
 #
-# Sparse if used * (S * H + 35000) * (T + 225) <= E * S * H * (T + 100): for few tokens, an expert
-# in the loop costs 9/4 of what it costs among all of them, as its weights are copied; for many,
+# Sparse if used * (S * H + 35000) * (T + 100) <= E * S * H * (T + 26): for few tokens, an expert in
+# the loop costs up to 15/4 of what it costs among all of them, as its weights are copied; for many,
 # little more.  Its few nodes cost as much again as 35000 elements of a weight.  (Fitted to the loop
-# with ONNX Runtime 1.32 on two cores with AVX2, at S * H = 262144.)
+# with ONNX Runtime 1.32 on two cores with AVX2, at S * H = 262144, at its worst: it takes up to a
+# third longer for seconds at a time, and shall not be slower than the products even then.)
 _BODY = """
 <domain: "{domain}", overload: "{overload}", opset_import: ["": {opset}]>
 {name} <act> ({inputs}) => (y)
@@ -68,8 +69,8 @@ _BODY = """
     expert_cost = Add (expert_elements, overhead)
     tokens_1 = Shape <end = 1> (x)
     tokens = Squeeze (tokens_1)
-    copying = Constant <value_int = 225> ()
-    reading = Constant <value_int = 100> ()
+    copying = Constant <value_int = 100> ()
+    reading = Constant <value_int = 26> ()
     tokens_copied = Add (tokens, copying)
     tokens_read = Add (tokens, reading)
     cost_of_one = Mul (expert_cost, tokens_copied)
