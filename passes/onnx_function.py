@@ -35,14 +35,15 @@ _ACTIVATIONS: dict[Activation, str] = {
         twice = Mul (u, shifted)  a = Mul (twice, half)""",
 }
 
-# A zero in a shape stands for the operand's own size.  All that shapes decide is constant, and
-# runtimes compute it once.
+# A zero in a shape stands for the operand's own size.  All that shapes of weights decide is
+# constant, and runtimes compute it once; the limit is the same in all layers.
 #
 # Sparse if used * (S * H + 35000) * (T + 100) <= E * S * H * (T + 26): for few tokens, an expert in
 # the loop costs up to 15/4 of what it costs among all of them, as its weights are copied; for many,
 # little more.  Its few nodes cost as much again as 35000 elements of a weight.  (Fitted to the loop
 # with ONNX Runtime 1.32 on two cores with AVX2, at S * H = 262144, at its worst: it takes up to a
-# third longer for seconds at a time, and shall not be slower than the products even then.)
+# third longer for seconds at a time, and shall not be slower than the products even then.)  Both
+# sides are divided by E * S * H * (T + 100), in units of 2**-16.
 _BODY = """
 <domain: "{domain}", overload: "{overload}", opset_import: ["": {opset}]>
 {name} <act> ({inputs}) => (y)
@@ -56,29 +57,31 @@ _BODY = """
     up_rows = Reshape (up, matrix)
     down_rows = Reshape (down, matrix)
     {gate_rows}
-    is_used = Cast <to = 9> (scores)
-    is_used_f = Cast <to = 1> (is_used)
-    uses = ReduceSum <keepdims = 0> (is_used_f, zeros)
+    scores_f = Cast <to = 1> (scores)
+    sizes = Abs (scores_f)
+    uses = ReduceSum <keepdims = 0> (sizes, zeros)
     used_1 = NonZero (uses)
-    used = Reshape (used_1, last)
-    count = Size (used)
+    count = Size (used_1)
     expert_shape = Shape <start = 1> (up)
     expert_elements = ReduceProd <keepdims = 0> (expert_shape)
     elements = Size (up)
     overhead = Constant <value_int = 35000> ()
     expert_cost = Add (expert_elements, overhead)
-    tokens_1 = Shape <end = 1> (x)
-    tokens = Squeeze (tokens_1)
+    unit = Constant <value_int = 65536> ()
+    expert_units = Mul (expert_cost, unit)
+    share = Div (expert_units, elements)
+    tokens = Shape <end = 1> (x)
     copying = Constant <value_int = 100> ()
     reading = Constant <value_int = 26> ()
     tokens_copied = Add (tokens, copying)
     tokens_read = Add (tokens, reading)
-    cost_of_one = Mul (expert_cost, tokens_copied)
-    cost_of_all = Mul (elements, tokens_read)
-    limit = Div (cost_of_all, cost_of_one)
-    few = LessOrEqual (count, limit)
+    read_units = Mul (tokens_read, unit)
+    limit = Div (read_units, tokens_copied)
+    share_of_used = Mul (count, share)
+    few = LessOrEqual (share_of_used, limit)
     y = If (few) <
         then_branch = sparse () => (y_sparse) {{
+            used = Reshape (used_1, last)
             size_1 = Shape <start = 1, end = 2> (up)
             size = Squeeze (size_1)
             one_row = Constant <value_int = 1> ()

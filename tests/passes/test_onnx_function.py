@@ -139,7 +139,7 @@ def test_nan_stays_in_its_token(size, where, dtype):
     assert not np.isnan(y[[0, 2]]).any()
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(4, 2), (200, 3)])
+@pytest.mark.parametrize(("tokens", "most"), [(4, 1), (200, 3)])
 def test_experts_that_no_token_uses_are_not_read(tokens, most):
     """The loop's branch; with many experts in use the dense one multiplies them by zero."""
     layer = Layer("large")
