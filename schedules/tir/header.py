@@ -36,13 +36,12 @@ def attention_arguments(
     heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: str
 ) -> Attention:
     n, batch, length = _lengths()
-    return Attention(
-        T.arg("q", T.buffer((n, heads, key_dim), dtype)),
-        T.arg("keys", T.buffer((batch, kv_heads, length, key_dim), dtype)),
-        T.arg("values", T.buffer((batch, kv_heads, length, value_dim), dtype)),
-        *_places(n, "rows", "context", "ancestors"),
-        T.arg("y", T.buffer((n, heads, value_dim), dtype)),
-    )
+    q = T.arg("q", T.buffer((n, heads, key_dim), dtype))
+    keys = T.arg("keys", T.buffer((batch, kv_heads, length, key_dim), dtype))
+    values = T.arg("values", T.buffer((batch, kv_heads, length, value_dim), dtype))
+    rows, context, ancestors = _places(n, "rows", "context", "ancestors")
+    y = T.arg("y", T.buffer((n, heads, value_dim), dtype))
+    return Attention(q, keys, values, rows, context, ancestors, y)
 
 
 def store_arguments(heads: int, dim: int, dtype: str) -> tuple[Any, ...]:
