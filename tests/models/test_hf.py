@@ -269,7 +269,7 @@ def test_speculative_output_as_a_dict(small) -> None:
         ({"speculate": "magic"}, "speculate is 'magic'"),
         ({"speculate": "eagle"}, "needs a draft head"),
     ],
-    ids=str,
+    ids=lambda case: case if isinstance(case, str) else "-".join(case),
 )
 def test_what_speculative_generation_refuses(small, options, message) -> None:
     with pytest.raises(ValueError, match=message):
