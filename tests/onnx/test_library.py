@@ -328,7 +328,7 @@ def test_no_compiler(tmp_path, monkeypatch):
 
 def test_a_compiler_that_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKFFN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(library, "_kernels", lambda panel, tokens: [])
+    monkeypatch.setattr(library, "_kernels", lambda registers: [])
     (tmp_path / headers.HEADER).write_text("#error not this one\n")
     with pytest.raises(LibraryError, match="#error not this one"):
         build_library(headers=tmp_path)
