@@ -164,15 +164,16 @@ def main() -> None:
         | {f"scores_{i}": routing(tokens, active, rng) for i in range(options.layers)}
         for tokens, active in cells
     ]
+    wanted = [exact(each, weights) for each in inputs]
     spent = [{name: list[float]() for name in forms} for _ in cells]
     for build in range(options.builds):
         names = [*forms][build % len(forms) :] + [*forms][: build % len(forms)]
         sessions = {name: forms[name]() for name in names}
-        for each, total in zip(inputs, spent, strict=True):
+        for each, want, total in zip(inputs, wanted, spent, strict=True):
             calls: dict[str, Callable[[], Any]] = {
                 name: functools.partial(sessions[name].run, None, each) for name in forms
             }
-            check(calls, exact(each, weights))
+            check(calls, want)
             for name, values in times(calls, options.rounds, console).items():
                 total[name] += values
 
