@@ -57,9 +57,9 @@ _BODY = """
     up_rows = Reshape (up, matrix)
     down_rows = Reshape (down, matrix)
     {gate_rows}
-    scores_f = Cast <to = 1> (scores)
-    sizes = Abs (scores_f)
-    uses = ReduceSum <keepdims = 0> (sizes, zeros)
+    is_used = Cast <to = 9> (scores)
+    is_used_f = Cast <to = 1> (is_used)
+    uses = ReduceSum <keepdims = 0> (is_used_f, zeros)
     used_1 = NonZero (uses)
     count = Size (used_1)
     expert_shape = Shape <start = 1> (up)
