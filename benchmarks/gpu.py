@@ -2,8 +2,8 @@
 
 Run: ``python -m benchmarks.gpu`` [--json FILE], 24 GB of GPU memory, under 8 minutes.  36 layers
 with different weights, so that no cache holds them; routing replayed at the published densities;
-every form checked against fp64 first.  ``--traffic`` prints the bytes that each kernel moves by
-their model, and needs no GPU.
+every form checked against fp64 first.  A layer is timed without its router.  ``--traffic`` prints
+the bytes that each kernel moves by their model, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+import blockffn_compile.backend  # noqa: F401
 from benchmarks.first_light import DTYPE, EXPERT_SIZE, EXPERTS, HIDDEN, WORK, routing
 from benchmarks.scale import ACCEPTED, CONTEXT, SHAPE, random_model
 from benchmarks.speculative import record
@@ -46,22 +47,28 @@ def copy_gb_per_s() -> float:
     return 2 * source.numel() / replay_us(lambda: target.copy_(source)) / 1e3
 
 
+def sparse(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """What the backend puts in the place of a layer: up [E, S, H] and down [E, H, S]."""
+    result: Tensor = torch.ops.blockffn.chunk_sparse_ffn(x, scores, up, down, "silu")
+    return result
+
+
 def block(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The published form: up [E, S, H] and down [E, H, S]."""
-    return experts_reference(x, scores.relu(), up, down, "silu")
+    """The published form, with the same weights."""
+    return experts_reference(x, scores, up, down, "silu")
 
 
 def linear(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Two matmuls, the fastest dense form there is: up [E * S, H] and down [H, E * S]."""
     mid = functional.silu(functional.linear(x, up)).unflatten(1, (EXPERTS, EXPERT_SIZE))
-    return functional.linear((mid * scores.relu().unsqueeze(-1)).flatten(1), down)
+    return functional.linear((mid * scores.unsqueeze(-1)).flatten(1), down)
 
 
-SUBJECTS: dict[str, tuple[Callable[..., Tensor], str, str]] = {
-    "blockffn": (block, "blockffn", "default"),
-    "inductor": (block, "inductor", "default"),
-    "inductor, two matmuls": (linear, "inductor", "default"),
-    "inductor, two matmuls, max-autotune": (linear, "inductor", "max-autotune-no-cudagraphs"),
+SUBJECTS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "blockffn": (sparse, "default"),
+    "inductor": (block, "default"),
+    "inductor, two matmuls": (linear, "default"),
+    "inductor, two matmuls, max-autotune": (linear, "max-autotune-no-cudagraphs"),
 }
 
 
@@ -98,9 +105,9 @@ def ffn(console: Console) -> list[dict[str, Any]]:
         scores = [routing(tokens, union, pairs, generator).cuda() for _ in layers]
         plain = error(block(x, scores[0], *layers[0]), x, scores[0], *layers[0])
         ms = {}
-        for name, (form, backend, mode) in SUBJECTS.items():
+        for name, (form, mode) in SUBJECTS.items():
             with console.status(f"{tokens} tokens: {name}"):
-                call: Any = torch.compile(form, backend=backend, mode=mode, fullgraph=True)
+                call: Any = torch.compile(form, mode=mode, fullgraph=True)
                 weights = matmuls if form is linear else layers
                 wrong = error(call(x, scores[0], *weights[0]), x, scores[0], *layers[0])
                 if wrong > 1.5 * plain:
@@ -109,6 +116,10 @@ def ffn(console: Console) -> list[dict[str, Any]]:
                 # One CUDA graph of all layers: what is timed is the GPU.
                 work = functools.partial(run_all, call, x, scores, weights)
                 ms[name] = replay_us(work) / LAYERS / 1e3
+                if name == "blockffn":
+                    idle = [torch.zeros_like(s) for s in scores]
+                    work = functools.partial(run_all, call, x, idle, weights)
+                    nothing = replay_us(work) / LAYERS
         best = min((n for n in ms if n != "blockffn"), key=ms.__getitem__)
         active = statistics.mean((s != 0).any(0).float().mean().item() for s in scores)
         share = ms["blockffn"] / ms[best]
@@ -124,7 +135,8 @@ def ffn(console: Console) -> list[dict[str, Any]]:
         console.print(table)
         bar = f" (bar: {BANDWIDTH:.0%})" if tokens == 1 else ""
         console.print(f"{reached:.1%} of the copy bandwidth, {bandwidth:.0f} GB/s{bar}; "
-                      f"{share / active:.3f} of the active fraction (bar: {SLACK})")  # fmt: skip
+                      f"{share / active:.3f} of the active fraction (bar: {SLACK}); "
+                      f"{nothing:.2f} microseconds with no expert on")  # fmt: skip
         density = statistics.mean((s != 0).float().mean().item() for s in scores)
         shape = {"shape": [HIDDEN, EXPERT_SIZE, EXPERTS], "tokens": tokens, "dtype": "bfloat16",
                  "pair_density": density, "union_density": active,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blockffn_compile.layer import ACTIVATIONS
 from blockffn_compile.schedules.plan import Problem, regime
-from blockffn_compile.schedules.triton import ChunkKernel, PrefillKernel, config
+from blockffn_compile.schedules.triton import ChunkKernel, PrefillKernel, config, find_gpu
 from blockffn_compile.schedules.triton.config import Config, Table, load_table
 
 #: Experts of a token, and in the union of 32, as measured on the published models.
@@ -93,10 +93,9 @@ class Bench:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         e, h, s = problem.num_experts, problem.hidden_size, problem.expert_size
-        properties = torch.cuda.get_device_properties()
-        self.processors = properties.multi_processor_count
+        self.gpu = find_gpu(torch.cuda.current_device(), problem)
         used = 4 * e * h * s * PAIRS
-        self.layers = max(2, math.ceil(3 * properties.L2_cache_size / used))
+        self.layers = max(2, math.ceil(3 * self.gpu.cache / used))
         self.weights = [self._random(e, s, h) for _ in range(self.layers)]
         self.downs = [self._random(e, h, s) for _ in range(self.layers)]
 
@@ -110,7 +109,7 @@ class Bench:
         tokens = PREFILL_TOKENS if name.startswith("prefill") else int(name.split()[1])
         tokens = 1 if tokens == config.BUCKETS[0] else tokens
         kind = PrefillKernel if regime(tokens) == "prefill" else ChunkKernel
-        kernel = kind(self.problem, table, self.processors)
+        kernel = kind(self.problem, dataclasses.replace(self.gpu, table=table))
         generator = torch.Generator().manual_seed(0)
         x = self._random(tokens, self.problem.hidden_size)
         scores = routing(tokens, self.problem.num_experts, generator).to(x)

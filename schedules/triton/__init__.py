@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockffn_compile.schedules.packing import unfold
 from blockffn_compile.schedules.plan import Problem, Regime
-from blockffn_compile.schedules.triton.config import Table, bucket, load_table
+from blockffn_compile.schedules.triton.config import Gpu, bucket, load_table
 
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
@@ -55,17 +55,22 @@ def _warn(reason: str) -> None:
 
 
 @functools.cache
-def _device(index: int, problem: Problem) -> tuple[Table, int]:
-    """(configurations, multiprocessors) of a GPU."""
+def find_gpu(index: int, problem: Problem) -> Gpu:
+    """A GPU and its configurations for a problem."""
     gpu = torch.cuda.get_device_properties(index)
-    return load_table(gpu.name, (gpu.major, gpu.minor), problem), gpu.multi_processor_count
+    return Gpu(
+        load_table(gpu.name, (gpu.major, gpu.minor), problem),
+        gpu.multi_processor_count,
+        gpu.L2_cache_size,
+        follows=gpu.major >= 9,
+    )
 
 
 class TritonKernel:
     """What the kernels of one problem share: checks, weights as views, and configurations."""
 
-    def __init__(self, problem: Problem, table: Table | None = None, processors: int = 4) -> None:
-        """Kernels for the GPU that the tensors are on, or with a given table for any."""
+    def __init__(self, problem: Problem, gpu: Gpu | None = None) -> None:
+        """Kernels for the GPU that the tensors are on, or as if for a given one."""
         import triton
 
         self.problem = problem
@@ -75,7 +80,7 @@ class TritonKernel:
             "s": problem.expert_size,
         }
         self.columns = triton.next_power_of_2(-(-problem.num_experts // 4))
-        self._fixed = None if table is None else (table, processors)
+        self._gpu = gpu
 
     def __call__(
         self,
@@ -104,9 +109,9 @@ class TritonKernel:
         with torch.cuda.device_of(x):
             self.run(x.contiguous(), scores.contiguous(), up, gate, down, out)
 
-    def device(self, x: Tensor) -> tuple[Table, int]:
-        """(configurations, multiprocessors)."""
-        return self._fixed or _device(x.device.index, self.problem)
+    def gpu(self, x: Tensor) -> Gpu:
+        """What is launched for."""
+        return self._gpu or find_gpu(x.device.index, self.problem)
 
     def run(
         self, x: Tensor, scores: Tensor, up: Tensor, gate: Tensor, down: Tensor, out: Tensor
@@ -125,21 +130,24 @@ class ChunkKernel(TritonKernel):
 
         tokens, problem = x.shape[0], self.problem
         e, h, s = problem.num_experts, problem.hidden_size, problem.expert_size
-        table, processors = self.device(x)
+        gpu = self.gpu(x)
         mid = x.new_empty(e * tokens * s)
         plan = x.new_empty(8 * self.columns + 1, dtype=torch.int64)
         poisons = x.new_empty(tokens, dtype=torch.float32)
-        config = table[f"up {bucket(tokens)}"]
+        # What is fetched early shares the cache with what is at work.
+        fetched = gpu.cache // 2 // (2 * h * s) if down.stride(2) == 1 else 0
+        config = gpu.table[f"up {bucket(tokens)}"]
         most = e * -(-s // config.rows) * -(-tokens // config.tokens)
-        chunk.up[(min(most, config.programs * processors),)](
-            x, scores, up, gate, mid, plan, poisons, tokens, *up.stride(),
-            H=h, E=e, S=s, ACT=problem.act, GATED=problem.gated, COLUMNS=self.columns,
-            **config.options(),
+        chunk.up[(min(most, config.programs * gpu.processors),)](
+            x, scores, up, gate, down, mid, plan, poisons, tokens, *up.stride(), *down.stride()[:2],
+            H=h, E=e, S=s, ACT=problem.act, GATED=problem.gated, FETCH=min(e, fetched),
+            FOLLOWS=gpu.follows, COLUMNS=self.columns, launch_pdl=gpu.follows, **config.options(),
         )  # fmt: skip
-        config = table[f"down {bucket(tokens)}"]
+        config = gpu.table[f"down {bucket(tokens)}"]
         chunk.down[(-(-h // config.rows) * -(-tokens // config.tokens),)](
             mid, down, plan, poisons, out, tokens, *down.stride(),
-            H=h, S=s, COLUMNS=self.columns, **config.options(),
+            H=h, S=s, FOLLOWS=gpu.follows, COLUMNS=self.columns, launch_pdl=gpu.follows,
+            **config.options(),
         )  # fmt: skip
 
 
@@ -160,8 +168,8 @@ class PrefillKernel(TritonKernel):
 
         tokens, problem = x.shape[0], self.problem
         e, h, s = problem.num_experts, problem.hidden_size, problem.expert_size
-        table, processors = self.device(x)
-        tile = table["prefill down"].tokens
+        gpu = self.gpu(x)
+        tile = gpu.table["prefill down"].tokens
         tiles = -(-tokens // tile)
         mid = x.new_empty(e * tokens * s)
         lists = x.new_empty(e * tokens, dtype=torch.int32)
@@ -172,14 +180,14 @@ class PrefillKernel(TritonKernel):
             x, scores, lists, counts, plans, poisons, tokens,
             H=h, E=e, COLUMNS=self.columns, TOKENS=tile,
         )  # fmt: skip
-        config = table["prefill up"]
+        config = gpu.table["prefill up"]
         most = e * -(-s // config.rows) * -(-tokens // config.tokens)
-        prefill.up[(min(most, config.programs * processors),)](
+        prefill.up[(min(most, config.programs * gpu.processors),)](
             x, scores, up, gate, mid, lists, counts, tokens, *up.stride(),
             H=h, E=e, S=s, ACT=problem.act, GATED=problem.gated, COLUMNS=self.columns,
             **config.options(),
         )  # fmt: skip
-        config = table["prefill down"]
+        config = gpu.table["prefill down"]
         prefill.down[(tiles * -(-h // config.rows),)](
             mid, down, plans, poisons, out, tokens, *down.stride(),
             H=h, S=s, COLUMNS=self.columns, **config.options(),

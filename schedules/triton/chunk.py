@@ -1,8 +1,8 @@
 """Decode and chunk: up to 64 tokens, each active expert's weights read once.
 
-Two launches.  ``up`` finds the union of the tokens' experts and runs ``act(x @ up) * score``;
-``down`` adds the experts up.  Products run on tensor cores with the weights as the left operand,
-so that few tokens waste little of them.
+Two launches.  ``up`` finds the union of the tokens' experts, runs ``act(x @ up) * score``, and has
+the level 2 cache fetch what ``down``, which adds the experts up, will read.  Products run on tensor
+cores with the weights as the left operand, so that few tokens waste little of them.
 
 One output is the sum of LANES partial sums, and each of those one chain of products in ascending
 order of k (up), or of experts and then of k (down).  A token that an expert is not for leaves the
@@ -14,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockffn_compile.schedules.triton.plan import LANES, poison, publish, token_sets
+from blockffn_compile.schedules.triton.plan import (
+    LANES,
+    fetch,
+    follow,
+    pick,
+    poison,
+    publish,
+    token_sets,
+)
 
 
 @triton.jit
@@ -36,6 +44,7 @@ def up(
     scores,
     w_up,
     w_gate,
+    w_down,
     mid,
     plan,
     poisons,
@@ -43,11 +52,15 @@ def up(
     stride_e,
     stride_n,
     stride_k,
+    down_e,
+    down_h,
     H: tl.constexpr,
     E: tl.constexpr,
     S: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
+    FETCH: tl.constexpr,
+    FOLLOWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -61,12 +74,17 @@ def up(
         x: [T, H].
         scores: [T, E].
         w_up: [E, S, H] with the strides given; w_gate: the same, or anything if not GATED.
+        w_down: [E, H, S] with the strides given, and 1.
         mid: [E, T, S]; only active pairs are written.
         plan: see ``plan.publish``.
         poisons: [T] fp32, see ``plan.poison``.
         tokens: T, at most 64.
+        FETCH: experts, at most, whose ``w_down`` is fetched.
+        FOLLOWS: see ``plan.follow``.
         DEPTH: how much of a lane's k is in one product.
     """
+    if FOLLOWS:
+        follow()
     QUARTER: tl.constexpr = (H + 16 * LANES - 1) // (16 * LANES) * 16
     TILES: tl.constexpr = (S + ROWS - 1) // ROWS
     GROUP: tl.constexpr = (1 << TOKENS) - 1
@@ -84,13 +102,14 @@ def up(
     lane = tl.arange(0, LANES)[:, None, None]
     k = tl.arange(0, DEPTH)[None, None, :]
     groups = (tokens + TOKENS - 1) // TOKENS
-    for item in range(program, tl.sum(counts, 0) * TILES * groups, programs):
+    items = tl.sum(counts, 0) * TILES * groups
+    for item in range(program, items, programs):
         # The groups of tokens run side by side, so that memory is asked once for the weights.
         group, part = item % groups * TOKENS, item // groups
         token = group + tl.arange(0, TOKENS)
         chosen = (on != 0) & (rank == part // TILES + 1)
-        expert = tl.sum(tl.sum(tl.where(chosen, expert_of, 0), 1), 0)
-        its_tokens = tl.sum(tl.sum(tl.where(chosen, sets, 0), 1), 0) >> group
+        expert = pick(expert_of, chosen)
+        its_tokens = pick(sets, chosen) >> group
         used = ((its_tokens >> tl.arange(0, TOKENS)) & 1) != 0
         depth = tl.where((its_tokens & GROUP) != 0, QUARTER, 0)
         row = part % TILES * ROWS + tl.arange(0, ROWS)
@@ -121,6 +140,19 @@ def up(
         value = (value * score[None, :]).to(mid.dtype.element_ty)
         tl.store(mid + place, value, mask=used[None, :] & (row < S)[:, None])
 
+    if FETCH > 0:
+        SECTORS: tl.constexpr = (S + 15) // 16  # 32 bytes each, of a row
+        BLOCK: tl.constexpr = 512
+        BLOCKS: tl.constexpr = (H * SECTORS + BLOCK - 1) // BLOCK
+        wanted = tl.minimum(tl.sum(counts, 0), FETCH) * BLOCKS
+        # Programs without items would fetch now what slows the items of the others.
+        busy = tl.maximum(tl.minimum(items, programs), 1)
+        for item in range(program, tl.where(program < busy, wanted, 0), busy):
+            expert = pick(expert_of, (on != 0) & (rank == item // BLOCKS + 1))
+            sector = item % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+            place = sector // SECTORS * down_h + sector % SECTORS * 16
+            fetch(w_down + expert.to(tl.int64) * down_e + place, sector < H * SECTORS)
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def down(
@@ -135,6 +167,7 @@ def down(
     stride_k,
     H: tl.constexpr,
     S: tl.constexpr,
+    FOLLOWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -149,8 +182,11 @@ def down(
         w_down: [E, H, S] with the strides given.
         y: [T, H], for the result.
         tokens: T, at most 64.
+        FOLLOWS: see ``plan.follow``.
         DEPTH: how much of S is in one product.
     """
+    if FOLLOWS:
+        follow()
     BLOCKS: tl.constexpr = (S + DEPTH - 1) // DEPTH
     GROUP: tl.constexpr = (1 << TOKENS) - 1
     groups = (tokens + TOKENS - 1) // TOKENS

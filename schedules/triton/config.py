@@ -35,7 +35,8 @@ class Config:
         stages: software pipeline stages.  In the down projection a stage in two fetches the
             numbers of the experts, whose weights the other fetches.
         warps: 4 except in prefill, where work items are larger.
-        programs: most programs for each multiprocessor, where a program loops over work items.
+        programs: most programs for each multiprocessor, where a program loops over work items;
+            no more than shared memory holds at once.
     """
 
     tokens: int
@@ -57,6 +58,25 @@ class Config:
 
 
 Table = dict[str, Config]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What launches depend on.
+
+    Attributes:
+        table: configurations for the problem.
+        processors: multiprocessors.
+        cache: bytes of the level 2 cache.
+        follows: whether a kernel is launched while the one before it still runs, and waits for it
+            itself (programmatic dependent launch, from compute capability 9.0): the launch then
+            takes no time of its own.
+    """
+
+    table: Table
+    processors: int
+    cache: int = 0
+    follows: bool = False
 
 
 def bucket(tokens: int) -> int:
@@ -128,4 +148,6 @@ def fit(name: str, config: Config, problem: Problem, limit: int) -> Config:
     # Stages but the one at work, or every other of them (see Config.stages), have a buffer.
     share = 2 if "down" in name else 1
     stages = min(config.stages, 1 + share * max(1, limit // stage))
-    return dataclasses.replace(config, rows=rows, depth=depth, stages=stages)
+    buffers = max(1, (stages - 1) // share) * stage
+    programs = min(config.programs, max(1, limit // buffers))
+    return dataclasses.replace(config, rows=rows, depth=depth, stages=stages, programs=programs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 #: Partial sums of an output.  A lane of the up projection has a quarter of H, a lane of the down
 #: projection every fourth expert; each lane is a warp's own chain of tensor-core products.
@@ -39,6 +40,41 @@ def token_sets(scores, first, last, E: tl.constexpr, COLUMNS: tl.constexpr):
         score = tl.load(scores + token * E + expert[None], mask=there, other=0.0)
         sets += tl.sum(tl.where(nonzero(score), 1, 0).to(tl.int64) << (token - first), 0)
     return sets
+
+
+@triton.jit
+def pick(values, chosen):
+    """The one value, of [COLUMNS, LANES], that is chosen; 0 if none is."""
+    return tl.sum(tl.sum(tl.where(chosen, values, 0), 1), 0)
+
+
+@triton.jit
+def fetch(pointers, wanted):
+    """Asks the level 2 cache for the 32 bytes at each pointer, if wanted, and waits for nothing."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.ne.s32 wanted, $2, 0;
+        @wanted prefetch.global.L2 [$1];
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [pointers, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def follow():
+    """Waits for the kernel before this one and lets the next one start; see ``config.Gpu``.
+
+    Nothing may be read or written before.  By then the kernels before that have ended as well, as
+    each of them waited, or was launched when all was done.
+    """
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit

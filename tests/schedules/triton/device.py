@@ -11,6 +11,7 @@ H100 = SimpleNamespace(
     major=9,
     minor=0,
     multi_processor_count=132,
+    L2_cache_size=50 << 20,
     regs_per_multiprocessor=65536,
     max_threads_per_multi_processor=2048,
     max_threads_per_block=1024,

@@ -7,6 +7,7 @@ after the other.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from triton.runtime import interpreter
 #: lists.
 loads: Any = None
 stores: Any = None
+#: The same for what the level 2 cache is asked to fetch.
+fetches: Any = None
 
 
 def widen(data: np.ndarray, dtype: Any) -> np.ndarray:
@@ -64,7 +67,17 @@ def be_exact() -> None:
         note(stores, ptrs, mask)
         return store(self, ptrs, value, mask, *rest)
 
+    def create_inline_asm(
+        self: Any, assembly: str, constraints: str, values: Any, *rest: Any
+    ) -> Any:
+        assert "prefetch.global.L2 [$1]" in assembly
+        pointers, wanted = values
+        note(fetches, pointers, wanted)
+        nothing = interpreter.TensorHandle(np.zeros(wanted.data.shape, np.int32), tl.int32)
+        return SimpleNamespace(get_result=lambda index: nothing)
+
     builder.create_dot = dot
+    builder.create_inline_asm = create_inline_asm
     builder.cast_impl = cast_impl
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(builder, name, cast_impl)

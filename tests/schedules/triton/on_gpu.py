@@ -91,6 +91,33 @@ def test_runs_are_equal(name, tokens):
     assert all(torch.equal(run(problem, x, scores, w), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_a_chain_of_launches_equals_separate_ones(tokens):
+    """From compute capability 9.0 launches overlap: each must still see all that the last wrote."""
+    problem = PROBLEMS["2.8B"]
+    layers = [on_gpu(weights(problem, seed)) for seed in range(8)]
+    x, scores = on_gpu(inputs(problem, tokens, 0.2))
+
+    def chain(wait: bool) -> Tensor:
+        y = x
+        for w in layers:
+            # The next launch may take the memory that this one's intermediate results had.
+            y = run(problem, y, scores, w).mul_(4)
+            y = run(problem, y, scores, w)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    want = chain(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(wait=False)
+    for _ in range(50):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, want)
+
+
 @problems
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_non_finite_values_stay_in_their_row(name, tokens):

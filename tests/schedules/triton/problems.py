@@ -11,7 +11,7 @@ from torch import Tensor
 from blockffn_compile.layer import experts_reference
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import TritonKernel
-from blockffn_compile.schedules.triton.config import Config, Table
+from blockffn_compile.schedules.triton.config import Config, Gpu, Table
 
 #: Every value of every axis, not every product; small, because the interpreter is slow.
 PROBLEMS = {
@@ -29,6 +29,11 @@ def table(tokens: int = 32, rows: int = 64, depth: int = 16, programs: int = 2) 
     config = Config(tokens, rows, depth, stages=1, programs=programs)
     names = [f"{kernel} {size}" for kernel in ("up", "down") for size in (8, 16, 32, 64)]
     return dict.fromkeys([*names, "prefill up", "prefill down"], config)
+
+
+def gpu(cache: int = 1 << 20, **config: int) -> Gpu:
+    """One multiprocessor, with the configuration of :func:`table`."""
+    return Gpu(table(**config), 1, cache)
 
 
 def weights(problem: Problem, seed: int = 0) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from tests.schedules.triton.problems import (
     PROBLEMS,
     eager,
     error,
+    gpu,
     inputs,
     oracle,
     run,
-    table,
     weights,
 )
 
@@ -29,7 +29,7 @@ problems = pytest.mark.parametrize("name", PROBLEMS)
 
 
 def kernel(name: str, **config: int) -> ChunkKernel:
-    return ChunkKernel(PROBLEMS[name], table(**config), processors=1)
+    return ChunkKernel(PROBLEMS[name], gpu(**config))
 
 
 #: Every problem with few and with many tokens.
@@ -56,7 +56,7 @@ def test_error_is_within_eager(name, tokens, density):
 
 def test_many_experts():
     problem, w = MANY_EXPERTS, weights(MANY_EXPERTS)
-    kernel = ChunkKernel(problem, table(), processors=1)
+    kernel = ChunkKernel(problem, gpu())
     for tokens, density in ((1, 0.05), (3, 0.02)):
         x, scores = inputs(problem, tokens, density)
         want = oracle(problem, x, scores, w)
@@ -68,7 +68,7 @@ def test_every_active_set():
     """Two tokens and all 16 choices of two experts for each; off at +0 and at -0."""
     problem = Problem(32, 2, 16, "silu", False, torch.float16, "cuda")
     w = weights(problem)
-    kernel = ChunkKernel(problem, table(tokens=8), processors=1)
+    kernel = ChunkKernel(problem, gpu(tokens=8))
     x, scores = inputs(problem, 2, 1.0)
     for bits in itertools.product((False, True), repeat=4):
         on = torch.tensor(bits).view(2, 2)
@@ -150,6 +150,36 @@ def test_reads_the_active_experts_alone(name, monkeypatch):
             addresses = weight.data_ptr() + 2 * torch.arange(weight.numel()).view(weight.shape)
             wanted = set(addresses[active].flatten().tolist())
             assert wanted == set(interpreter.loads) & set(addresses.flatten().tolist())
+
+
+@problems
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("most", [0, 2, 600])
+def test_fetches_what_the_down_projection_reads(name, tokens, most, monkeypatch):
+    problem, w = PROBLEMS[name], weights(PROBLEMS[name])
+    x, scores = inputs(problem, tokens, 0.4)
+    scores[0, -1] = 1.0
+    each = 2 * problem.hidden_size * problem.expert_size
+    monkeypatch.setattr(interpreter, "fetches", [])
+    run(ChunkKernel(problem, gpu(cache=2 * most * each)), x, scores, w)
+    # Every 32 bytes of a row, once.
+    rows = w["w_down"].data_ptr() + 2 * torch.arange(w["w_down"].numel()).view(w["w_down"].shape)
+    sectors = rows[:, :, ::16].flatten(1)
+    active = (scores != 0).any(0)
+    fetched = torch.isin(sectors, torch.tensor(interpreter.fetches, dtype=torch.int64))
+    assert torch.equal(fetched.any(1), fetched.all(1))
+    assert not (fetched.any(1) & ~active).any()
+    assert fetched.any(1).sum() == min(most, int(active.sum()))
+    assert len(interpreter.fetches) == fetched.sum()
+
+
+def test_fetches_no_rows_that_are_scattered(monkeypatch):
+    problem, w = PROBLEMS["even"], weights(PROBLEMS["even"])
+    x, scores = inputs(problem, 2, 1.0)
+    monkeypatch.setattr(interpreter, "fetches", [])
+    w["w_down"] = w["w_down"].transpose(1, 2).contiguous()
+    run(kernel("even"), x, scores, w, down_axes="e,s,h")
+    assert interpreter.fetches == []
 
 
 UP_AXES = {"e,s,h": "esh", "es,h": "esh", "h,es": "hes", "s,e,h": "seh"}

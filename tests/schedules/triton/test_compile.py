@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import ChunkKernel, PrefillKernel
-from blockffn_compile.schedules.triton.config import SHARED, load_table
+from blockffn_compile.schedules.triton.config import SHARED, Gpu, load_table
 from tests.schedules.triton.device import Driver
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -47,7 +47,8 @@ def compile_all(problem: Problem, architecture: int, tokens: int) -> None:
     """Launches the kernels of a call on tensors of the right shapes and alignment."""
     driver.set_active(Driver(architecture))
     table = load_table("", divmod(architecture, 10), problem)
-    kernel = (ChunkKernel if tokens <= 64 else PrefillKernel)(problem, table)
+    gpu = Gpu(table, 4, cache=1 << 25, follows=architecture >= 90)
+    kernel = (ChunkKernel if tokens <= 64 else PrefillKernel)(problem, gpu)
     e, h, s = problem.num_experts, problem.hidden_size, problem.expert_size
 
     def empty(*size: int) -> torch.Tensor:
@@ -111,6 +112,37 @@ def test_other_problems(problem, architecture, tokens, launches, tmp_path):
     compile_all(problem, architecture, tokens)
     for kernel in launches:
         check(kernel, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [89, 90, 120])
+def test_kernels_wait_before_they_touch_memory(architecture, launches):
+    """What is launched before its time; see ``plan.follow``."""
+    compile_all(PUBLISHED, architecture, 1)
+    for kernel in launches:
+        ptx = kernel.asm["ptx"]
+        wait, launch = (
+            ptx.find(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents")
+        )
+        if architecture < 90:
+            assert wait == launch == -1
+            continue
+        touched = re.search(r"\b(ld|st|cp|prefetch)\.[\w.]*(global|async)|\bbra\b", ptx)
+        assert touched is not None
+        assert 0 < wait < launch < touched.start()
+
+
+def test_up_fetches_for_down(launches):
+    compile_all(PUBLISHED, 80, 1)
+    assert ["prefetch.global.L2" in kernel.asm["ptx"] for kernel in launches] == [True, False]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_programs_of_up_are_all_there_at_once(architecture, tokens, launches):
+    """Only then do those of ``down`` start before the last of ``up`` ends."""
+    compile_all(PUBLISHED, architecture, tokens)
+    config = load_table("", divmod(architecture, 10), PUBLISHED)[f"up {8 if tokens == 1 else 32}"]
+    assert config.programs * launches[0].metadata.shared <= SHARED[architecture] * 1024
 
 
 def test_another_token_count_is_the_same_kernel(launches):

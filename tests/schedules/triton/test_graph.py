@@ -44,11 +44,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(CudaInterface, "get_compute_capability", lambda *args: 90)
     monkeypatch.setattr(scheduler, "has_triton", lambda *args: True)
     driver.set_active(Driver(90))
-    triton._device.cache_clear()
+    triton.find_gpu.cache_clear()
     with FakeTensorMode() as mode:
         yield mode
     driver._active = None
-    triton._device.cache_clear()
+    triton.find_gpu.cache_clear()
 
 
 def tensors(tokens: int, gated: bool = False) -> list[Tensor]:
@@ -63,9 +63,11 @@ def tensors(tokens: int, gated: bool = False) -> list[Tensor]:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_launches_do_not_depend_on_data(gpu, tokens, gated, monkeypatch):
     launches: list[tuple[str, tuple[int, ...]]] = []
+    early = {}
 
     def record(self: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
         launches.append((self.__name__, grid))
+        early[self.__name__] = kwargs.get("FOLLOWS"), kwargs.get("launch_pdl")
 
     monkeypatch.setattr(JITFunction, "run", record)
     x, scores, up, down, *gate = tensors(tokens, gated)
@@ -76,6 +78,8 @@ def test_launches_do_not_depend_on_data(gpu, tokens, gated, monkeypatch):
     expected = ["plan", "up", "down"] * segments if tokens > 64 else ["up", "down"]
     assert [name for name, _ in launches] == expected
     assert all(isinstance(size, int) and size > 0 for _, grid in launches for size in grid)
+    # A launch before its time is only for a kernel that waits.
+    assert set(early.values()) == {(None, None) if tokens > 64 else (True, True)}
 
 
 @pytest.mark.parametrize("tokens", [1, 32])

@@ -14,16 +14,16 @@ from tests.schedules.triton.problems import (
     PROBLEMS,
     eager,
     error,
+    gpu,
     inputs,
     oracle,
     run,
-    table,
     weights,
 )
 
 
 def kernel(name: str, **config: int) -> PrefillKernel:
-    return PrefillKernel(PROBLEMS[name], table(**config), processors=1)
+    return PrefillKernel(PROBLEMS[name], gpu(**config))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blockffn_compile.schedules.triton import ChunkKernel, traffic
+from blockffn_compile.schedules.triton.config import Gpu
 from tests.schedules.triton import interpreter
 from tests.schedules.triton.problems import PROBLEMS, inputs, run, table, weights
 
@@ -21,7 +22,7 @@ def test_the_model_counts_what_is_loaded_and_stored(name, tokens, monkeypatch):
     model = traffic.chunk_traffic(problem, scores, (9, 0))
     monkeypatch.setattr(interpreter, "loads", [])
     monkeypatch.setattr(interpreter, "stores", [])
-    run(ChunkKernel(problem, configs, processors=1), x, scores, w)
+    run(ChunkKernel(problem, Gpu(configs, 1)), x, scores, w)
 
     def addresses(tensor: torch.Tensor) -> range:
         return range(tensor.data_ptr(), tensor.data_ptr() + 2 * tensor.numel(), 2)
