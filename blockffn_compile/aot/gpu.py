@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import subprocess
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
+
+from blockffn_compile.paths import cuda_file
 
 CUDART = "libcudart.so.13"
 DRIVER = "libcuda.so.1"
@@ -29,7 +29,7 @@ def load_runtime() -> None:
 
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
         return
-    _load(_packaged(CUDART) or CUDART, os.RTLD_NOW | os.RTLD_GLOBAL)
+    _load(str(cuda_file(f"lib/{CUDART}") or CUDART), os.RTLD_NOW | os.RTLD_GLOBAL)
     # Lazily: without a GPU, nothing of the driver is ever called.
     _load(str(Path(tvm.__file__).parent / "lib/libtvm_runtime_cuda.so"), os.RTLD_LAZY)
 
@@ -40,11 +40,15 @@ def load_runtime_for_building() -> None:
     Raises:
         CudaError: CUDA's runtime is missing, or there is no C++ compiler.
     """
-    with contextlib.suppress(CudaError):
+    try:
         _load(DRIVER, os.RTLD_LAZY | os.RTLD_GLOBAL)
-        load_runtime()
-        return
-    # An empty library of the driver's name is all that loading the runtime needs.
+    except CudaError:
+        _load_empty_driver()
+    load_runtime()
+
+
+def _load_empty_driver() -> None:
+    """Loads a library of the driver's name: to load the runtime, it needs to be no more."""
     from tvm.support import cc
 
     compiler = cc.get_cc()
@@ -55,16 +59,6 @@ def load_runtime_for_building() -> None:
         command = [compiler, "-shared", "-nostdlib", f"-Wl,-soname,{DRIVER}", "-o", str(empty)]
         subprocess.run([*command, "-x", "c++", "/dev/null"], check=True, capture_output=True)
         _load(str(empty), os.RTLD_LAZY | os.RTLD_GLOBAL)
-    load_runtime()
-
-
-def _packaged(library: str) -> str | None:
-    """The path of a library in NVIDIA's packages."""
-    spec = find_spec("nvidia")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        if (path := Path(place) / "cu13/lib" / library).is_file():
-            return str(path)
-    return None
 
 
 def _load(library: str, mode: int) -> None:

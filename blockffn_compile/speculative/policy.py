@@ -28,9 +28,9 @@ TRIAL_SHARE, TRIAL_START = 0.01, 1.0
 #: Nodes of a trial: little more than a plain step, but enough to see a drafter succeed.
 TRIAL_NODES = 4
 
-#: How far one measured step moves the cost of its size: costs follow the median, whatever a busy
-#: moment took.
-COST_STEP = 0.01
+#: How far a measured step moves the cost of its size: the first, as the start may have been in a
+#: busy moment, and one of many, as costs follow the median, whatever a single step took.
+FIRST_COST_STEP, COST_STEP = 0.1, 0.01
 
 
 class Choice(NamedTuple):
@@ -121,6 +121,7 @@ class TreePolicy:
             raise ValueError(f"times of drafters must be >= 0, got {list(drafters)}")
         self._sizes = sorted(cost)
         self._costs = [cost[size] for size in self._sizes]
+        self._measured = [0] * len(self._sizes)  # steps of each size
         self._records = [_Record(TRIAL_START * cost[1], ms) for ms in drafters]
         # Per drafter and depth: how many drafts were right, and how many it expected to be.
         self._hits = np.zeros((len(drafters), 2, MAX_NODES))
@@ -187,7 +188,9 @@ class TreePolicy:
         """
         if verify_ms is not None:
             size = bisect.bisect_left(self._sizes, len(tree))
-            self._costs[size] *= 1 + math.copysign(COST_STEP, verify_ms - self._costs[size])
+            self._measured[size] += 1
+            step = max(COST_STEP, FIRST_COST_STEP / self._measured[size])
+            self._costs[size] *= 1 + math.copysign(step, verify_ms - self._costs[size])
         if choice.drafter is None:
             self._plain += 1
             return

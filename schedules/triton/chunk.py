@@ -18,7 +18,7 @@ from blockffn_compile.schedules.triton.plan import (
     LANES,
     fetch,
     follow,
-    pick,
+    nonzero,
     poison,
     publish,
     token_sets,
@@ -87,31 +87,33 @@ def up(
         follow()
     QUARTER: tl.constexpr = (H + 16 * LANES - 1) // (16 * LANES) * 16
     TILES: tl.constexpr = (S + ROWS - 1) // ROWS
-    GROUP: tl.constexpr = (1 << TOKENS) - 1
+    SECTORS: tl.constexpr = (S + 15) // 16  # of 32 bytes, in a row of w_down
+    BLOCK: tl.constexpr = 512
+    SHARE: tl.constexpr = (H * SECTORS + TILES - 1) // TILES
     program, programs = tl.program_id(0), tl.num_programs(0)
-    sets = token_sets(scores, 0, tokens, E, COLUMNS)
-    if program == 0:
+    sets = token_sets(scores, 0, tokens, E, COLUMNS, min(TOKENS, 16))
+    # The last programs have the least to do below.
+    if program == programs - 1:
         publish(sets, plan, COLUMNS)
-    for lone in range(program, tokens, programs):
+    for lone in range(programs - 1 - program, tokens, programs):
         tl.store(poisons + lone, poison(x, scores, lone, H, E, COLUMNS))
 
-    on = (sets != 0).to(tl.int32)
-    counts = tl.sum(on, 0)
-    rank = tl.cumsum(on, 0) + (tl.cumsum(counts, 0) - counts)[None, :]
-    expert_of = tl.arange(0, COLUMNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    on = sets != 0
+    rank, active = tl.cumsum(on.to(tl.int32), 0), tl.sum(on.to(tl.int32), 0)
+    expert_of = tl.arange(0, COLUMNS * LANES)
     lane = tl.arange(0, LANES)[:, None, None]
     k = tl.arange(0, DEPTH)[None, None, :]
     groups = (tokens + TOKENS - 1) // TOKENS
-    items = tl.sum(counts, 0) * TILES * groups
-    for item in range(program, items, programs):
+    for item in range(program, active * TILES * groups, programs):
         # The groups of tokens run side by side, so that memory is asked once for the weights.
         group, part = item % groups * TOKENS, item // groups
         token = group + tl.arange(0, TOKENS)
-        chosen = (on != 0) & (rank == part // TILES + 1)
-        expert = pick(expert_of, chosen)
-        its_tokens = pick(sets, chosen) >> group
-        used = ((its_tokens >> tl.arange(0, TOKENS)) & 1) != 0
-        depth = tl.where((its_tokens & GROUP) != 0, QUARTER, 0)
+        expert = tl.sum(tl.where(on & (rank == part // TILES + 1), expert_of, 0), 0)
+        score = tl.load(scores + token * E + expert, mask=token < tokens, other=0.0)
+        used = nonzero(score)
+        depth = QUARTER
+        if groups > 1:
+            depth = tl.max(used.to(tl.int32), 0) * QUARTER
         row = part % TILES * ROWS + tl.arange(0, ROWS)
         first = expert.to(tl.int64) * stride_e
         sums = tl.zeros([LANES, ROWS, TOKENS], tl.float32)
@@ -130,28 +132,21 @@ def up(
             if GATED:
                 tile = tl.load(w_gate + weight, mask=known, other=0.0)
                 gates = tl.dot(tile, inputs, gates)
+        # Behind this item's own reads, its share of the expert's down projection.
+        if (group == 0) & (part // TILES < FETCH):
+            last = tl.minimum(part % TILES * SHARE + SHARE, H * SECTORS)
+            for start in range(part % TILES * SHARE, last, BLOCK):
+                sector = start + tl.arange(0, BLOCK)
+                column = sector // SECTORS * down_h + sector % SECTORS * 16
+                fetch(w_down + expert.to(tl.int64) * down_e + column, sector < last)
         value = tl.sum(sums, 0)
         if GATED:
             value = value * activate(tl.sum(gates, 0), ACT)
         else:
             value = activate(value, ACT)
-        score = tl.load(scores + token * E + expert, mask=used, other=0.0).to(tl.float32)
         place = (expert.to(tl.int64) * tokens + token[None, :]) * S + row[:, None]
-        value = (value * score[None, :]).to(mid.dtype.element_ty)
+        value = (value * score.to(tl.float32)[None, :]).to(mid.dtype.element_ty)
         tl.store(mid + place, value, mask=used[None, :] & (row < S)[:, None])
-
-    if FETCH > 0:
-        SECTORS: tl.constexpr = (S + 15) // 16  # 32 bytes each, of a row
-        BLOCK: tl.constexpr = 512
-        BLOCKS: tl.constexpr = (H * SECTORS + BLOCK - 1) // BLOCK
-        wanted = tl.minimum(tl.sum(counts, 0), FETCH) * BLOCKS
-        # Programs without items would fetch now what slows the items of the others.
-        busy = tl.maximum(tl.minimum(items, programs), 1)
-        for item in range(program, tl.where(program < busy, wanted, 0), busy):
-            expert = pick(expert_of, (on != 0) & (rank == item // BLOCKS + 1))
-            sector = item % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-            place = sector // SECTORS * down_h + sector % SECTORS * 16
-            fetch(w_down + expert.to(tl.int64) * down_e + place, sector < H * SECTORS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -204,15 +199,13 @@ def down(
         needed = (its_tokens & GROUP) != 0
         s = (step % BLOCKS * DEPTH + tl.arange(0, DEPTH))[None, None, :]
         tile = tl.load(
-            w_down
-            + (expert * stride_e)[:, None, None]
-            + row[None, :, None] * stride_n
-            + s * stride_k,
+            (w_down + expert * stride_e)[:, None, None]
+            + (row[None, :, None] * stride_n + s * stride_k),
             mask=needed[:, None, None] & (row < H)[None, :, None] & (s < S),
             other=0.0,
         )
         inputs = tl.load(
-            mid + (expert[:, None] * tokens + token[None, :])[:, :, None] * S + s,
+            (mid + expert * tokens * S)[:, None, None] + (token[None, :, None] * S + s),
             mask=used[:, :, None] & (s < S),
             other=0.0,
         )

@@ -21,31 +21,25 @@ def nonzero(scores):
 
 
 @triton.jit
-def token_sets(scores, first, last, E: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tokens of each expert, as bits: [COLUMNS, LANES] int64 for expert ``column * LANES + lane``.
+def token_sets(scores, first, last, E: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr):
+    """Tokens of each expert, as bits: [COLUMNS * LANES] int64.
 
     Args:
         scores: [T, E].
         first: token of bit 0.
         last: token behind the last one, at most ``first + 64``.
         COLUMNS: power of two, at least E / LANES.
+        UNROLLED: power of two, at most 64: tokens whose scores are asked for at a time.
     """
-    ROWS: tl.constexpr = max(1, 512 // COLUMNS)
-    lane, column = tl.arange(0, LANES), tl.arange(0, COLUMNS)
-    expert = column[:, None] * LANES + lane[None, :]
-    sets = tl.zeros([COLUMNS, LANES], tl.int64)
-    for start in range(first, last, ROWS):
-        token = start + tl.arange(0, ROWS)[:, None, None]
-        there = (token < last) & (expert < E)[None]
-        score = tl.load(scores + token * E + expert[None], mask=there, other=0.0)
-        sets += tl.sum(tl.where(nonzero(score), 1, 0).to(tl.int64) << (token - first), 0)
+    expert = tl.arange(0, COLUMNS * LANES)
+    sets = tl.zeros([COLUMNS * LANES], tl.int64)
+    for start in range(first, last, UNROLLED):
+        for ahead in tl.static_range(UNROLLED):
+            token = start + ahead
+            there = (expert < E) & (token < last)
+            score = tl.load(scores + token * E + expert, mask=there, other=0.0)
+            sets |= nonzero(score).to(tl.int64) << (token - first)
     return sets
-
-
-@triton.jit
-def pick(values, chosen):
-    """The one value, of [COLUMNS, LANES], that is chosen; 0 if none is."""
-    return tl.sum(tl.sum(tl.where(chosen, values, 0), 1), 0)
 
 
 @triton.jit
@@ -88,6 +82,7 @@ def publish(sets, plan, COLUMNS: tl.constexpr):
             order; the most active experts of a lane.
     """
     lane, column = tl.arange(0, LANES)[None, :], tl.arange(0, COLUMNS)[:, None]
+    sets = tl.reshape(sets, [COLUMNS, LANES])
     on = (sets != 0).to(tl.int32)
     rank, count = tl.cumsum(on, 0), tl.sum(on, 0)
     place = lane * COLUMNS + tl.where(on != 0, rank - 1, count[None, :] + column - rank)

@@ -57,7 +57,7 @@ def plan(
     else:
         first = (program - E) * TOKENS
         last = tl.minimum(first + TOKENS, tokens)
-        sets = token_sets(scores, first, last, E, COLUMNS)
+        sets = token_sets(scores, first, last, E, COLUMNS, 16)
         publish(sets, plans + (program - E) * (2 * LANES * COLUMNS + 1), COLUMNS)
         for token in range(first, last):
             tl.store(poisons + token, poison(x, scores, token, H, E, COLUMNS))

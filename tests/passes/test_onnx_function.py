@@ -22,7 +22,11 @@ from blockffn_compile.passes.onnx_function import DOMAIN, MIN_OPSET, NAME, funct
 SIZES = {"small": (4, 8, 16), "large": (6, 256, 512)}
 #: Numbers of tokens; the work of large layers is that of the small ones, and slow.
 TOKENS = {"small": (1, 2, 7, 8, 33, 64, 200), "large": (1, 7, 64)}
-TYPES = {np.dtype(np.float32): "float", np.dtype(np.float16): "float16"}
+TYPES = {
+    np.dtype(np.float16): "float16",
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+}
 
 
 class Layer:
@@ -150,3 +154,15 @@ def test_experts_that_no_token_uses_are_not_read(tokens, most):
     (dense,) = session.run(None, layer.inputs(tokens, most + 1))
     assert np.isfinite(sparse).all()
     assert np.isnan(dense).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_smallest_score_counts(size, dtype):
+    layer = Layer(size, dtype=dtype)
+    layer.weights[0][1] = math.nan
+    layer.model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(layer.weights[0], "up"))
+    inputs = layer.inputs(3, 1)
+    inputs["scores"][1, 1] = np.finfo(dtype).smallest_subnormal
+    (y,) = layer.session().run(None, inputs)
+    assert np.isnan(y[1]).all()

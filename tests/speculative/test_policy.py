@@ -169,6 +169,14 @@ def test_costs_follow_what_steps_take_and_not_single_slow_ones() -> None:
     assert [policy._cost(nodes) for nodes in (1, 2, 4)] == [1.0, 1.4, 1.8]
 
 
+@pytest.mark.parametrize("start", [0.7, 1.35])
+def test_a_start_in_a_bad_moment_is_soon_forgotten(start) -> None:
+    policy, rng = TreePolicy({1: start, 8: 4.0}, [0.0]), random.Random(0)
+    for _ in range(20):
+        policy.update(Choice(None, 1, False), DraftTree.root(0), [0], 0.0, rng.gauss(1, 0.05))
+    assert policy._cost(1) == pytest.approx(1.0, rel=0.05)
+
+
 def test_plain_steps_tell_their_cost_too() -> None:
     policy, tree = TreePolicy({1: 1.0, 2: 1.4, 4: 1.8, 8: 1.81}, [0.0]), DraftTree.root(0)
     for _ in range(200):

@@ -6,11 +6,12 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import tvm
 import tvm_ffi
+
+from blockffn_compile.paths import cuda_file
 
 LIBRARY = "libnvrtc.so.13"
 #: The function by which TVM has its CUDA code compiled.
@@ -74,17 +75,15 @@ def compiler() -> tuple[ctypes.CDLL, Path]:
     Raises:
         RuntimeError: they are missing.
     """
-    spec = find_spec("nvidia")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        root = Path(place) / "cu13"
-        if (root / "lib" / LIBRARY).is_file() and (root / "include/cuda_fp16.h").is_file():
-            # Which NVRTC looks for by its name alone, and finds when it is loaded.
-            for part in (root / "lib").glob("libnvrtc-builtins.so.*"):
-                ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
-            library = ctypes.CDLL(str(root / "lib" / LIBRARY))
-            library.nvrtcGetErrorString.restype = ctypes.c_char_p
-            return library, root / "include"
-    raise RuntimeError(f"no CUDA compiler ({LIBRARY}); install blockffn-compile[cuda]")
+    path, header = cuda_file(f"lib/{LIBRARY}"), cuda_file("include/cuda_fp16.h")
+    if path is None or header is None:
+        raise RuntimeError(f"no CUDA compiler ({LIBRARY}); install blockffn-compile[cuda]")
+    # Which NVRTC looks for by its name alone, and finds when it is loaded.
+    for part in path.parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library, header.parent
 
 
 def _take(program: ctypes.c_void_p, what: str) -> bytes:

@@ -15,8 +15,10 @@ LANES = 4
 
 
 @triton.jit
-def write_plan(scores, plan, first, last, E: tl.constexpr, COLUMNS: tl.constexpr):
-    publish(token_sets(scores, first, last, E, COLUMNS), plan, COLUMNS)
+def write_plan(
+    scores, plan, first, last, E: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr
+):
+    publish(token_sets(scores, first, last, E, COLUMNS, UNROLLED), plan, COLUMNS)
 
 
 @triton.jit
@@ -27,8 +29,8 @@ def write_poison(x, scores, out, H: tl.constexpr, E: tl.constexpr, COLUMNS: tl.c
 
 @pytest.mark.parametrize("experts", [1, 5, 40, 512])
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-def test_plans(experts, tokens, density):
+@pytest.mark.parametrize(("density", "unrolled"), [(0.0, 8), (0.1, 16), (0.1, 32), (1.0, 8)])
+def test_plans(experts, tokens, density, unrolled):
     dtype = torch.float16 if experts % 2 else torch.bfloat16
     g = torch.Generator().manual_seed(experts + tokens)
     on = torch.rand(tokens, experts, generator=g) < density
@@ -38,7 +40,7 @@ def test_plans(experts, tokens, density):
     scores = torch.where(on, values, torch.tensor(-0.0)).to(dtype)
     columns = triton.next_power_of_2(-(-experts // LANES))
     plan = torch.full((2 * LANES * columns + 1,), -7)
-    write_plan[(1,)](scores, plan, 0, tokens, E=experts, COLUMNS=columns)
+    write_plan[(1,)](scores, plan, 0, tokens, E=experts, COLUMNS=columns, UNROLLED=unrolled)
     numbers, sets = plan[:-1].view(2, LANES, columns).tolist()
     longest = 0
     for lane in range(LANES):
@@ -60,7 +62,7 @@ def test_a_range_of_tokens():
     scores = torch.zeros(100, 3).half()
     scores[40, 1] = scores[70, 1] = scores[99, 2] = 1
     plan = torch.zeros(2 * LANES + 1, dtype=torch.int64)
-    write_plan[(1,)](scores, plan, 40, 99, E=3, COLUMNS=1)
+    write_plan[(1,)](scores, plan, 40, 99, E=3, COLUMNS=1, UNROLLED=16)
     assert plan.tolist() == [0, 1, 2, 3, 0, 1 | 1 << 30, 0, 0, 1]
 
 
