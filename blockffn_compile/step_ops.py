@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blockffn_compile.layer import CHUNK_TOKENS
-from blockffn_compile.schedules import tir
+from blockffn_compile.schedules import tir, triton
 from blockffn_compile.schedules.packing import PANELS
 
 torch.library.define("blockffn::linear", "(Tensor x, Tensor[] weights) -> Tensor")
@@ -80,9 +80,12 @@ def cached_attention(
     kernel = None
     if q.device.type == "cpu":
         kernel = tir.attention_kernel(heads, keys.shape[1], key_dim, values.shape[3], q.dtype)
+        q = tir.aligned(q)
+    elif q.device.type == "cuda":
+        kernel = triton.attention_kernel(q.dtype, q.device.index)
     if kernel is None:
         return out.copy_(_plain_attention(q, keys, values, rows, context, ancestors))
-    kernel(tir.aligned(q), keys, values, rows, context, ancestors, out)
+    kernel(q, keys, values, rows, context, ancestors, out)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,6 +56,20 @@ def _warn(reason: str) -> None:
 
 
 @functools.cache
+def attention_kernel(dtype: torch.dtype, index: int) -> Callable[..., None] | None:
+    """``cached_attention`` of ``attention.py`` for a GPU, or None without kernels."""
+    if unsupported(dtype) is not None:
+        return None
+    from blockffn_compile.schedules.triton.attention import cached_attention
+
+    return functools.partial(cached_attention, follows=_follows(index))
+
+
+def _follows(index: int) -> bool:
+    return torch.cuda.get_device_properties(index).major >= 9
+
+
+@functools.cache
 def find_gpu(index: int, problem: Problem) -> Gpu:
     """A GPU and its configurations for a problem."""
     gpu = torch.cuda.get_device_properties(index)
@@ -62,7 +77,7 @@ def find_gpu(index: int, problem: Problem) -> Gpu:
         load_table(gpu.name, (gpu.major, gpu.minor), problem),
         gpu.multi_processor_count,
         gpu.L2_cache_size,
-        follows=gpu.major >= 9,
+        follows=_follows(index),
     )
 
 

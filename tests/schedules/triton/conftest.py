@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = ("test_plan.py", "test_chunk.py", "test_prefill.py", "test_traffic.py")
+INTERPRETED = (
+    "test_plan.py",
+    "test_chunk.py",
+    "test_prefill.py",
+    "test_attention.py",
+    "test_traffic.py",
+)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.schedules.triton import interpreter

@@ -20,6 +20,7 @@ from blockffn_compile.layer import BlockFFN, BlockFFNSpec
 from blockffn_compile.schedules import select, triton
 from blockffn_compile.schedules.plan import Problem, regime
 from tests.schedules.triton.problems import MANY_EXPERTS, eager, error, inputs, oracle, weights
+from tests.test_step_ops import HEADS, LIMITS, SHAPES, Case
 
 PROBLEMS = {
     "2.8B": Problem(2048, 128, 128, "silu", False, torch.bfloat16, "cuda"),
@@ -153,7 +154,24 @@ def test_memory(tokens):
     for name in ("odd", "one expert", "0.1B"):
         x, scores = on_gpu(inputs(PROBLEMS[name], tokens, 0.3))
         run(PROBLEMS[name], x, scores, on_gpu(weights(PROBLEMS[name])))
+    case = Case("groups of three", torch.float16, SHAPES["rows"][:tokens])
+    torch.ops.blockffn.cached_attention(*on_gpu(case.arguments()))
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads", [*HEADS, "GQA", "MLA"])
+def test_attention(heads, shape, dtype, monkeypatch):
+    monkeypatch.setitem(HEADS, "GQA", (16, 2, 128, 128))
+    monkeypatch.setitem(HEADS, "MLA", (16, 16, 192, 128))
+    case = Case(heads, dtype, SHAPES[shape])
+    q, keys, values, *places = on_gpu(case.arguments())
+    y = torch.ops.blockffn.cached_attention(q, keys, values, *places)
+    assert error(y.cpu(), case.exact()) <= 2 * LIMITS[dtype]
+    if not case.rows.any():
+        y = torch.ops.blockffn.cached_attention(q, keys[:1], values[:1], *places)
+        assert error(y.cpu(), case.exact()) <= 2 * LIMITS[dtype]
 
 
 def test_mixed_devices_are_refused():

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import ChunkKernel, PrefillKernel
+from blockffn_compile.schedules.triton.attention import cached_attention
 from blockffn_compile.schedules.triton.config import SHARED, Gpu, load_table
 from tests.schedules.triton.device import Driver
 
@@ -114,10 +115,49 @@ def test_other_problems(problem, architecture, tokens, launches, tmp_path):
         check(kernel, architecture, tmp_path)
 
 
+#: Queries, key heads, and sizes of a key and a value of the published attentions.
+ATTENTIONS = {"GQA": (16, 2, 128, 128), "MLA": (16, 16, 192, 128)}
+
+
+def compile_attention(name: str, architecture: int, tokens: int) -> None:
+    driver.set_active(Driver(architecture))
+    heads, kv_heads, d, v = ATTENTIONS[name]
+    q, keys, values, out = (
+        torch.empty(size, dtype=torch.bfloat16)
+        for size in (
+            (tokens, heads, d),
+            (1, kv_heads, 1088, d),
+            (1, kv_heads, 1088, v),
+            (tokens, heads, v),
+        )
+    )
+    place = torch.zeros(tokens, dtype=torch.int64)
+    cached_attention(q, keys, values, place, place, place, out, follows=architecture >= 90)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention(architecture, tokens, name, launches, tmp_path):
+    compile_attention(name, architecture, tokens)
+    assert [kernel.name for kernel in launches] == ["attend", "join"]
+    for kernel in launches:
+        used = resources(kernel, tmp_path)
+        assert used.stack == 0, f"{name} spills"
+        assert used.registers <= 255
+        assert used.shared <= SHARED[architecture] * 1024
+    attend = launches[0].asm["ptx"]
+    assert re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", attend)
+    # Keys and values come in pieces of 16 bytes.
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", attend)
+
+
 @pytest.mark.parametrize("architecture", [89, 90, 120])
 def test_kernels_wait_before_they_touch_memory(architecture, launches):
     """What is launched before its time; see ``plan.follow``."""
     compile_all(PUBLISHED, architecture, 1)
+    compile_attention("GQA", architecture, 1)
+    assert len(launches) == 4
     for kernel in launches:
         ptx = kernel.asm["ptx"]
         wait, launch = (

@@ -23,11 +23,17 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import blockffn_compile.lowering  # noqa: F401
+from blockffn_compile import step_ops
 from blockffn_compile.layer import experts_reference
 from blockffn_compile.passes.fx import BlockFFNGraphPass
 from blockffn_compile.schedules import select, triton
 from blockffn_compile.schedules.plan import Problem, regime
 from tests.schedules.triton.device import H100, Driver
+
+
+def _forget() -> None:
+    triton.find_gpu.cache_clear()
+    triton.attention_kernel.cache_clear()
 
 
 @pytest.fixture
@@ -44,11 +50,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(CudaInterface, "get_compute_capability", lambda *args: 90)
     monkeypatch.setattr(scheduler, "has_triton", lambda *args: True)
     driver.set_active(Driver(90))
-    triton.find_gpu.cache_clear()
+    _forget()
     with FakeTensorMode() as mode:
         yield mode
     driver._active = None
-    triton.find_gpu.cache_clear()
+    _forget()
 
 
 def tensors(tokens: int, gated: bool = False) -> list[Tensor]:
@@ -80,6 +86,25 @@ def test_launches_do_not_depend_on_data(gpu, tokens, gated, monkeypatch):
     assert all(isinstance(size, int) and size > 0 for _, grid in launches for size in grid)
     # A launch before its time is only for a kernel that waits.
     assert set(early.values()) == {(None, None) if tokens > 64 else (True, True)}
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_attention_is_two_launches(gpu, tokens, monkeypatch):
+    launches: list[tuple[str, tuple[int, ...]]] = []
+
+    def record(self: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
+        assert kwargs["FOLLOWS"] == kwargs["launch_pdl"] == True  # noqa: E712
+        launches.append((self.__name__, grid))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    q, cache = (
+        torch.empty(size, dtype=torch.bfloat16, device="cuda")
+        for size in ((tokens, 16, 128), (1, 2, 1088, 128))
+    )
+    place = torch.empty(tokens, dtype=torch.int64, device="cuda")
+    step_ops.cached_attention(q, cache, cache, place, place, place)
+    tiles = {1: 1, 32: 8}[tokens]
+    assert launches == [("attend", (tiles, 2, 17)), ("join", (16 * tokens,))]
 
 
 @pytest.mark.parametrize("tokens", [1, 32])
