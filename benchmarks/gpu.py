@@ -9,9 +9,10 @@ the bytes that each kernel moves by their model, and needs no GPU.
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import json
 import statistics
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from blockffn_compile.engines.torch_engine import TorchEngine
 from blockffn_compile.layer import experts_reference
 from blockffn_compile.models.cache import StaticCache
 from blockffn_compile.schedules.plan import Problem
+from blockffn_compile.schedules.triton import ChunkKernel, find_gpu
 from blockffn_compile.schedules.triton.traffic import chunk_traffic
 from blockffn_compile.schedules.tuner import replay_us
 from blockffn_compile.speculative.tree import DraftTree
@@ -78,12 +80,54 @@ def error(result: Tensor, x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -
     return ((result.double() - want).norm() / want.norm()).item()
 
 
-def run_all(
-    call: Callable[..., Tensor], x: Tensor, scores: list[Tensor], weights: list[list[Tensor]]
-) -> None:
-    """All layers, each on the same input."""
-    for its_scores, its_weights in zip(scores, weights, strict=True):
-        call(x, its_scores, *its_weights)
+def layer_us(
+    call: Callable[..., object], x: Tensor, scores: list[Tensor], weights: list[list[Tensor]]
+) -> float:
+    """Microseconds of a layer: of one CUDA graph of all, so that the host is not timed."""
+
+    def all_layers() -> None:
+        for its_scores, its_weights in zip(scores, weights, strict=True):
+            call(x, its_scores, *its_weights)
+
+    return replay_us(all_layers) / len(weights)
+
+
+def parts(x: Tensor, scores: list[Tensor], weights: list[list[Tensor]]) -> dict[str, float]:
+    """Microseconds of a layer with no expert on, and without what the kernels do to save time."""
+    problem = Problem(HIDDEN, EXPERTS, EXPERT_SIZE, "silu", False, DTYPE, "cuda")
+    gpu, out = find_gpu(torch.cuda.current_device(), problem), torch.empty_like(x)
+    idle = [torch.zeros_like(s) for s in scores]
+    result = {}
+    for name, variant, its_scores in (
+        ("no expert on", gpu, idle),
+        ("fetching nothing ahead", dataclasses.replace(gpu, cache=0), scores),
+        ("launches one by one", dataclasses.replace(gpu, follows=False), scores),
+        ("neither", dataclasses.replace(gpu, cache=0, follows=False), scores),
+    ):
+        kernel = ChunkKernel(problem, variant)
+
+        def call(x: Tensor, s: Tensor, up: Tensor, down: Tensor, run: Any = kernel) -> None:
+            run(x, s, up, down, None, "e,s,h", "e,h,s", out)
+
+        result[name] = layer_us(call, x, its_scores, weights)
+    return result
+
+
+def check() -> None:
+    """Raises SystemExit, with the way out, where kernels cannot run."""
+    built = torch.version.cuda
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"error: PyTorch {torch.__version__} finds no NVIDIA GPU; "
+            + (
+                f"it needs a driver for CUDA {built} or newer, see nvidia-smi"
+                if built
+                else "it is built without CUDA: install torch from PyPI or from "
+                "https://download.pytorch.org/whl/cu130"
+            )
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise SystemExit("error: Triton needs Python's headers; install python3-dev")
 
 
 @torch.no_grad()
@@ -113,13 +157,7 @@ def ffn(console: Console) -> list[dict[str, Any]]:
                 if wrong > 1.5 * plain:
                     raise SystemExit(f"{name}: error {wrong:.2e}, eager {plain:.2e}")
 
-                # One CUDA graph of all layers: what is timed is the GPU.
-                work = functools.partial(run_all, call, x, scores, weights)
-                ms[name] = replay_us(work) / LAYERS / 1e3
-                if name == "blockffn":
-                    idle = [torch.zeros_like(s) for s in scores]
-                    work = functools.partial(run_all, call, x, idle, weights)
-                    nothing = replay_us(work) / LAYERS
+                ms[name] = layer_us(call, x, scores, weights) / 1e3
         best = min((n for n in ms if n != "blockffn"), key=ms.__getitem__)
         active = statistics.mean((s != 0).any(0).float().mean().item() for s in scores)
         share = ms["blockffn"] / ms[best]
@@ -132,11 +170,12 @@ def ffn(console: Console) -> list[dict[str, Any]]:
         for name, value in ms.items():
             bar = f"<= {SLACK * active:.2%}" if name == "blockffn" else ""
             table.add_row(name, f"{value * 1e3:.2f}", f"{value / ms[best]:.2%}", bar)
+        for name, us in parts(x, scores, layers).items():
+            table.add_row(f"blockffn, {name}", f"{us:.2f}", f"{us / 1e3 / ms[best]:.2%}", "")
         console.print(table)
         bar = f" (bar: {BANDWIDTH:.0%})" if tokens == 1 else ""
         console.print(f"{reached:.1%} of the copy bandwidth, {bandwidth:.0f} GB/s{bar}; "
-                      f"{share / active:.3f} of the active fraction (bar: {SLACK}); "
-                      f"{nothing:.2f} microseconds with no expert on")  # fmt: skip
+                      f"{share / active:.3f} of the active fraction (bar: {SLACK})")  # fmt: skip
         density = statistics.mean((s != 0).float().mean().item() for s in scores)
         shape = {"shape": [HIDDEN, EXPERT_SIZE, EXPERTS], "tokens": tokens, "dtype": "bfloat16",
                  "pair_density": density, "union_density": active,
@@ -225,14 +264,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write benchmark records here")
     parser.add_argument("--traffic", action="store_true", help="print the traffic model alone")
+    parser.add_argument("--check", action="store_true", help="say whether kernels can run here")
     options = parser.parse_args()
     console = Console(width=110)
-    traffic(console)
     if options.traffic:
+        traffic(console)
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this benchmark needs an NVIDIA GPU, and PyTorch finds none")
+    check()
+    if options.check:
+        return
     card = torch.cuda.get_device_name()
+    traffic(console)
     console.print(card)
     records = [entry | {"card": card} for entry in ffn(console) + decode(console)]
     if options.json:

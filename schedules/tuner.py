@@ -1,7 +1,9 @@
 """Finds the fastest configurations of the Triton kernels on this GPU and writes them down.
 
-``python -m blockffn_compile.schedules.tuner --hidden 2048 --experts 128 --size 128`` takes a few
-minutes for a shape.  Results do not depend on configurations, so nothing else changes.
+``python -m blockffn_compile.schedules.tuner --hidden 2048 --experts 128 --size 128`` compiles some
+500 kernels, which takes about 15 minutes; what is found is written kernel by kernel, and
+``--only "up 8" --only "down 8"`` tunes some.  Results do not depend on configurations, so nothing
+else changes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -46,9 +50,13 @@ def candidates(name: str, problem: Problem, limit: int) -> list[Config]:
 
 
 def tune(
-    problem: Problem, start: Table, limit: int, measure: Callable[[str, Table], float]
-) -> Table:
-    """The fastest table.
+    problem: Problem,
+    start: Table,
+    limit: int,
+    measure: Callable[[str, Table], float],
+    names: Sequence[str],
+) -> Iterator[Table]:
+    """A faster table after each kernel.
 
     Args:
         problem: what to run.
@@ -56,12 +64,13 @@ def tune(
         limit: bytes of shared memory of a program.
         measure: time with a table of the work that uses the kernel named; infinite if the GPU
             refuses it.
+        names: the kernels, of ``start``.
     """
     table = dict(start)
-    for name in track(list(start), description="tuning"):
+    for name in track(names, description="tuning"):
         tables = [table] + [table | {name: c} for c in candidates(name, problem, limit)]
         table = min(tables, key=lambda t: measure(name, t))
-    return table
+        yield table
 
 
 def write(gpu: str, problem: Problem, table: Table, folder: Path = config.TUNED) -> Path:
@@ -104,7 +113,7 @@ class Bench:
 
     def __call__(self, name: str, table: Table) -> float:
         """Microseconds a layer of the work that the kernel is for."""
-        from triton.runtime.errors import OutOfResources
+        from triton.runtime.errors import OutOfResources, PTXASError
 
         tokens = PREFILL_TOKENS if name.startswith("prefill") else int(name.split()[1])
         tokens = 1 if tokens == config.BUCKETS[0] else tokens
@@ -121,27 +130,34 @@ class Bench:
                 kernel(x, scores, up, down, gate, "e,s,h", "e,h,s", out)
 
         try:
-            return replay_us(work) / self.layers
-        except OutOfResources:
+            return replay_us(work, 0.02) / self.layers
+        except (OutOfResources, PTXASError):
             return math.inf
 
 
-def replay_us(work: Callable[[], object], replays: int = 10) -> float:
-    """Microseconds that a CUDA graph of some work takes: the fastest of a few replays."""
+def replay_us(work: Callable[[], object], warm_up_s: float = 0.3, replays: int = 50) -> float:
+    """Microseconds that a CUDA graph of some work takes: the median of its replays.
+
+    A GPU that was idle takes a while to reach its clock: that long it replays untimed.
+    """
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm_up_s:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return min(times)
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) * 1e3)
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -152,6 +168,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--act", choices=sorted(ACTIVATIONS), default="silu")
     parser.add_argument("--gated", action="store_true")
+    parser.add_argument("--only", action="append", choices=config.KERNELS, help="tunes these")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: tuning needs an NVIDIA GPU, and PyTorch finds none")
@@ -161,8 +178,10 @@ def main() -> None:
     )  # fmt: skip
     gpu = torch.cuda.get_device_properties()
     start = load_table(gpu.name, (gpu.major, gpu.minor), problem)
-    table = tune(problem, start, config.shared_bytes((gpu.major, gpu.minor)), Bench(problem))
-    print(write(gpu.name, problem, table))
+    limit = config.shared_bytes((gpu.major, gpu.minor))
+    for table in tune(problem, start, limit, Bench(problem), options.only or list(start)):
+        path = write(gpu.name, problem, table)
+    print(path)
 
 
 if __name__ == "__main__":

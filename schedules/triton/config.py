@@ -19,6 +19,7 @@ from blockffn_compile.schedules.plan import Problem
 
 TUNED = Path(__file__).parents[1] / "tuned"
 BUCKETS = (8, 16, 32, 64)
+KERNELS = (*(f"{k} {n}" for k in ("up", "down") for n in BUCKETS), "prefill up", "prefill down")
 #: Kilobytes of shared memory that a program can have, by compute capability.  What is not here
 #: is taken for the smallest.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}

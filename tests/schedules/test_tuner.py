@@ -36,7 +36,11 @@ def test_finds_the_fastest_of_every_kernel():
     def measure(name: str, table: config.Table) -> float:
         return 1.0 if table[name] == best[name] else math.inf if table[name].stages == 2 else 2.0
 
-    assert tuner.tune(PROBLEM, load_table("", (9, 0), PROBLEM), LIMIT, measure) == best
+    start = load_table("", (9, 0), PROBLEM)
+    tables = list(tuner.tune(PROBLEM, start, LIMIT, measure, list(start)))
+    assert tables[-1] == best
+    assert tables[0] == start | {"up 8": best["up 8"]}
+    assert list(tuner.tune(PROBLEM, start, LIMIT, measure, ["up 8"])) == tables[:1]
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):

@@ -105,6 +105,9 @@ def test_a_chain_of_launches_equals_separate_ones(tokens):
             # The next launch may take the memory that this one's intermediate results had.
             y = run(problem, y, scores, w).mul_(4)
             y = run(problem, y, scores, w)
+            # After a copy, and after a memset, which are not kernels.
+            y = run(problem, y.clone(), scores, w)
+            y += torch.zeros_like(y)
             if wait:
                 torch.cuda.synchronize()
         return y

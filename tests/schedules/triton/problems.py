@@ -11,7 +11,7 @@ from torch import Tensor
 from blockffn_compile.layer import experts_reference
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import TritonKernel
-from blockffn_compile.schedules.triton.config import Config, Gpu, Table
+from blockffn_compile.schedules.triton.config import KERNELS, Config, Gpu, Table
 
 #: Every value of every axis, not every product; small, because the interpreter is slow.
 PROBLEMS = {
@@ -27,8 +27,7 @@ MANY_EXPERTS = Problem(32, 512, 16, "relu", False, torch.float16, "cuda")
 def table(tokens: int = 32, rows: int = 64, depth: int = 16, programs: int = 2) -> Table:
     """One configuration for all kernels; the interpreter has no pipeline."""
     config = Config(tokens, rows, depth, stages=1, programs=programs)
-    names = [f"{kernel} {size}" for kernel in ("up", "down") for size in (8, 16, 32, 64)]
-    return dict.fromkeys([*names, "prefill up", "prefill down"], config)
+    return dict.fromkeys(KERNELS, config)
 
 
 def gpu(cache: int = 1 << 20, **config: int) -> Gpu:
