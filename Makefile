@@ -37,6 +37,7 @@ gpu: $(READY) compiler
 test-gpu: gpu
 	$(BIN)/python -m pytest tests/schedules/triton/on_gpu.py
 	$(BIN)/python -m pytest tests/aot/on_gpu.py
+	$(BIN)/python -m pytest tests/engines/on_gpu.py
 	@if command -v compute-sanitizer >/dev/null; then \
 	  for tool in memcheck racecheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \

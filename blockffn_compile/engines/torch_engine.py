@@ -23,6 +23,14 @@ def _step(model: BlockFFNForCausalLM, cache: StaticCache, inputs: Tensor) -> tup
     return model.lm_head(features * model.logit_scale), features
 
 
+def _move(cache: StaticCache, places: Tensor) -> tuple[()]:
+    """Copies cache entries from slots to others; places: int64 [3, N], rows, sources, targets."""
+    rows, sources, targets = places
+    for stored in (*cache.keys, *cache.values):
+        stored[rows, :, targets] = stored[rows, :, sources]
+    return ()
+
+
 def _prefill(
     model: BlockFFNForCausalLM, tokens: Tensor, positions: Tensor, cache: StaticCache
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +42,7 @@ def _prefill(
 class TorchEngine:
     """A BlockFFN model under ``torch.compile(backend="blockffn")``; see :class:`Engine`.
 
-    On a GPU a step is one CUDA graph.
+    On a GPU a step is one CUDA graph, which the host does not wait for.
     On CPUs a token's logits are bit-identical however many nodes, and which, are verified with it.
     Prefill runs in one pass of its own, whose cache entries all later steps share.
 
@@ -59,7 +67,9 @@ class TorchEngine:
         self.vocab_size = config.vocab_size
         self.cache = StaticCache(config, rows, self.max_length, weight.dtype, weight.device)
         self._texts = Texts(rows, self.max_length, config.vocab_size)
+        self._gpu = weight.is_cuda
         self._steps: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+        self._move: Callable[..., tuple[Tensor, ...]] | None = None
         self._prefill = functools.partial(torch.compile, isolate_recompiles=True)(
             _prefill, backend="blockffn", fullgraph=True
         )
@@ -109,10 +119,11 @@ class TorchEngine:
         for values in inputs:
             # Copies of the first root: they write what it writes, and need no expert of their own.
             values.extend(values[:1] * padding)
-        table = torch.tensor(inputs, device=self.model.lm_head.weight.device)
+        table = torch.tensor(inputs, pin_memory=self._gpu)
         if bucket not in self._steps:
-            step = compile_once(_step, (self.model, self.cache), table)
-            self._steps[bucket] = capture(step, [table]) if table.is_cuda else step
+            example = table.to(self.model.lm_head.weight.device)
+            step = compile_once(_step, (self.model, self.cache), example)
+            self._steps[bucket] = capture(step, [example]) if self._gpu else step
         logits, features = self._steps[bucket](table)
         return divide(trees, logits, features)
 
@@ -122,10 +133,24 @@ class TorchEngine:
         move = self._texts.commit(row, path)
         if move is None:
             return
-        source = torch.tensor(move.sources, device=self.model.lm_head.weight.device)
-        start, end = move.start, move.start + len(source)
+        start, end = move.start, move.start + len(move.sources)
+        if self._gpu:
+            self._move_at_once([row], move.sources, list(range(start, end)))
+            return
+        source = torch.tensor(move.sources)
         for stored in (*self.cache.keys, *self.cache.values):
             stored[row, :, start:end] = stored[row].index_select(1, source)
+
+    def _move_at_once(self, *places: list[int]) -> None:
+        """The same as one CUDA graph, of as many moves as a tree can need: some are done twice."""
+        table = [[*values, *values[-1:] * (BUCKETS[-1] - len(values))] for values in places]
+        if self._move is None:
+            example = torch.tensor(table, device=self.model.lm_head.weight.device)
+            move = functools.partial(_move, self.cache)
+            move(example)
+            self._move = capture(move, [example])
+        else:
+            self._move(torch.tensor(table, pin_memory=True))
 
     def length(self, row: int) -> int:
         """See :class:`Engine`."""

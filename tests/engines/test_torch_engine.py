@@ -22,6 +22,7 @@ from tests.engines.contract import (
     BitsOfPlainDecoding,
     chain,
     equal,
+    path_to,
     plain,
     random_tree,
     tree,
@@ -157,6 +158,24 @@ def test_the_context_is_used_to_its_end(engine):
     with pytest.raises(ValueError, match=f"1 nodes behind {LENGTH} tokens"):
         engine.verify({0: DraftTree.root(0)})
     assert close(engine.prefill(0, tokens).logits, want[-1:])
+
+
+def test_moves_at_once_are_moves_one_by_one(engine, monkeypatch):
+    """What a GPU does in a commit: all moves as one graph, filled up with repetitions."""
+    drafts = random_tree(40, 3)
+    path = path_to(drafts, 39)
+    assert path != list(range(len(path)))
+    engine.prefill(1, PROMPT)
+    results = []
+    monkeypatch.setattr(torch_engine, "capture", lambda *_: None)
+    for gpu in (False, True):
+        engine.prefill(0, PROMPT)
+        engine.verify({0: drafts})
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_gpu", gpu)
+            engine.commit(0, path)
+        results.append(entries(engine, 0) + entries(engine, 1))
+    assert equal(*results)
 
 
 # --- Compilation ----------------------------------------------------------------------------------
