@@ -26,6 +26,7 @@ from torch.nn import functional
 import blockffn_compile.backend  # noqa: F401
 from benchmarks.first_light import DTYPE, EXPERT_SIZE, EXPERTS, HIDDEN, WORK, routing
 from benchmarks.scale import ACCEPTED, CONTEXT, SHAPE, random_model
+from benchmarks.scale import check as check_logits
 from benchmarks.speculative import record
 from blockffn_compile.engines.torch_engine import TorchEngine
 from blockffn_compile.layer import experts_reference
@@ -202,6 +203,8 @@ def median_ms(call: Callable[[], object], calls: int = 20) -> float:
 @torch.no_grad()
 def decode(console: Console) -> list[dict[str, Any]]:
     """Plain and speculative decoding at the 2.8B shape, weights random, routing replayed."""
+    with console.status("2.8B shape: two layers against fp64"):
+        check_logits("cuda")
     with console.status("2.8B shape: model"):
         model = random_model(SHAPE).to("cuda")
     cache = StaticCache(SHAPE, 1, CONTEXT + 64, torch.bfloat16, "cuda")

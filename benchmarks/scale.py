@@ -9,6 +9,7 @@ temperature where trees of 32 nodes yield the published 2.66 tokens a step.  (``
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -183,6 +184,37 @@ def random_model(config: BlockFFNConfig) -> BlockFFNForCausalLM:
     return model.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def check(device: str = "cpu") -> dict[str, float]:
+    """Error of the engine's logits against fp64, by that of the eager model's: two layers.
+
+    Raises:
+        SystemExit: it is above 1.5, so that no figure would mean anything.
+    """
+    model = random_model(dataclasses.replace(SHAPE, num_hidden_layers=2)).to(device)
+    exact, engine = copy.deepcopy(model).double(), TorchEngine(model, max_length=CONTEXT)
+    worst = 0.0
+    for nodes in (1, 32):
+        text = list(range(nodes + 1))
+        logits = []
+        for plain in (exact, model):
+            cache = StaticCache(model.config, 1, CONTEXT, plain.lm_head.weight.dtype, device)
+            # In two calls, as the engine has them: the routing replayed is that of so many tokens.
+            for part in (slice(1), slice(1, None)):
+                tokens = torch.tensor([text[part]], device=device)
+                positions = torch.arange(len(text), device=device)[part]
+                y = plain(tokens, positions, cache)[0]
+            logits.append(y.double())
+        engine.prefill(0, text[:1])
+        tree = DraftTree.chain(text[1], text[2:], [0.0] * (nodes - 1))
+        ours = engine.verify({0: tree})[0].logits.double()
+        want, eager = logits
+        worst = max(worst, ((ours - want).norm() / (eager - want).norm()).item())
+    if not worst <= 1.5:
+        raise SystemExit(f"error: logits are {worst:.2f} times as far from fp64 as eager ones")
+    return {"error": worst}
+
+
 def median_ms(call: Callable[[], object], calls: int = 9) -> float:
     call()
     times = []
@@ -335,6 +367,8 @@ def peer(name: str, console: Console) -> float:
 
 
 def report(console: Console) -> list[dict[str, Any]]:
+    error = measure("check", console, 2)["error"]
+    console.print(f"error of the logits: {error:.2f} times that of eager mode")
     peers = {name: peer(name, console) for name in PEERS}
     best = min(peers, key=peers.__getitem__)
     peer_ms = peers[best]
@@ -382,7 +416,7 @@ def main() -> None:
         return
     if options.work == "subject":
         subjects: dict[str, Callable[[], dict[str, float]]] = {
-            "blockffn": ours, "overhead": overhead
+            "check": check, "blockffn": ours, "overhead": overhead
         }  # fmt: skip
         call = subjects.get(options.name) or (lambda: dense(options.name, options.layers))
         print(json.dumps(call()))
