@@ -1,6 +1,6 @@
 """Decoding at the published 2.8B shape: random weights, routing and acceptance replayed.
 
-Run: ``python -m benchmarks.scale`` [--json FILE], 16 GB of memory, 20 minutes.  Routing has the
+Run: ``python -m benchmarks.scale`` [--json FILE], 16 GB of memory, 21 minutes.  Routing has the
 published densities.  Acceptance is that of ``eagle_trace.json``: every tree that the bundled
 model's draft head proposed at 64 nodes for held-out code, and the path that was right, at a
 temperature where trees of 32 nodes yield the published 2.66 tokens a step.  (``trace`` records it.)
