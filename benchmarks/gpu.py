@@ -33,11 +33,13 @@ from blockffn_compile.layer import experts_reference
 from blockffn_compile.models.cache import StaticCache
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import ChunkKernel, find_gpu
-from blockffn_compile.schedules.triton.traffic import chunk_traffic
+from blockffn_compile.schedules.triton.traffic import layer_traffic
 from blockffn_compile.schedules.tuner import replay_us
 from blockffn_compile.speculative.tree import DraftTree
 
 LAYERS = 36
+#: Tokens, and densities of the union and of pairs, of what the traffic of prefill is printed for.
+PREFILL = 512, 0.8, 0.125
 #: Slack over the active fraction of a dense layer's time; share of the copy bandwidth; published
 #: ratios of plain and speculative decoding over dense.
 SLACK, BANDWIDTH, PLAIN, SPECULATIVE = 1.05, 0.85, 3.14, 3.67
@@ -253,9 +255,9 @@ def traffic(console: Console) -> None:
     for column in ("tokens", "kernel", "fewest", "memory", "level 2 cache"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     generator = torch.Generator().manual_seed(0)
-    for tokens, union, pairs, *_ in WORK:
+    for tokens, union, pairs in (*((n, u, p) for n, u, p, *_ in WORK), PREFILL):
         scores: Tensor = routing(tokens, union, pairs, generator)
-        for name, moved in chunk_traffic(problem, scores, (9, 0)).items():
+        for name, moved in layer_traffic(problem, scores, (9, 0)).items():
             table.add_row(
                 str(tokens), name, f"{moved.fewest / 1e6:.2f} MB",
                 f"{moved.memory / moved.fewest:.3f}x", f"{moved.requested / moved.fewest:.2f}x",

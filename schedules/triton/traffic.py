@@ -1,4 +1,7 @@
-"""How many bytes the decode and chunk kernels move: a model, exact for the loads they issue."""
+"""How many bytes the kernels of a layer move: a model, exact for the loads they issue.
+
+What is only fetched into the level 2 cache, to be loaded from there, is not counted twice.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from blockffn_compile.schedules.plan import Problem
+from blockffn_compile.schedules.plan import Problem, regime
 from blockffn_compile.schedules.triton.config import bucket, load_table
 
 
@@ -27,37 +30,41 @@ class Traffic:
     requested: int
 
 
-def chunk_traffic(
+def layer_traffic(
     problem: Problem, scores: Tensor, capability: tuple[int, int]
 ) -> dict[str, Traffic]:
-    """Traffic of ``up`` and ``down`` of ``chunk.py``, without the plan's few kilobytes.
+    """Traffic of ``up`` and ``down`` of a layer, without the plan's few kilobytes.
 
     Args:
         problem: what runs, in 16-bit floats.
-        scores: [T, E], T at most 64.
+        scores: [T, E], T at most ``SEGMENT``.
         capability: of the GPU whose safe configurations are used.
     """
     h, s = problem.hidden_size, problem.expert_size
     tokens, on = len(scores), scores != 0
+    prefill = regime(tokens) == "prefill"
     table = load_table("", capability, problem)
-    pairs = int(on.sum())
-    weights = 2 * h * s * int(on.any(0).sum())
+    pairs, union = int(on.sum()), int(on.any(0).sum())
     result = {}
     for name, gates, outputs, inputs in (
         ("up", 2 if problem.gated else 1, s, h),
         ("down", 1, h, s),
     ):
-        config = table[f"{name} {bucket(tokens)}"]
-        # A group of tokens reads the weights of its own union, and a tile of rows its inputs.
-        groups = sum(int(part.any(0).sum()) for part in on.split(config.tokens))
-        tiles = math.ceil(outputs / config.rows)
-        requested = 2 * gates * h * s * groups + 2 * pairs * inputs * tiles
+        config = table[f"prefill {name}" if prefill else f"{name} {bucket(tokens)}"]
+        if prefill and name == "up":
+            # An expert's weights are read for each tile of its tokens.
+            reads = sum(math.ceil(int(count) / config.tokens) for count in on.sum(0))
+        else:
+            # A tile of tokens reads the weights of its own union.
+            reads = sum(int(part.any(0).sum()) for part in on.split(config.tokens))
+        weights = 2 * gates * h * s
+        requested = weights * reads + 2 * pairs * inputs * math.ceil(outputs / config.rows)
+        # The results of a pair lie between the two; a token's inputs and results outside.
+        once = 2 * pairs * s + 2 * tokens * h
         if name == "up":
             # The plan looks for NaN in tokens without experts.
-            once = 2 * tokens * h + 2 * pairs * s
             requested += 2 * h * int((~on.any(1)).sum()) + 2 * pairs * s
         else:
-            once = 2 * pairs * s + 2 * tokens * h
             requested += 2 * tokens * h
-        result[name] = Traffic(gates * weights, gates * weights + once, requested)
+        result[name] = Traffic(weights * union, weights * union + once, requested)
     return result
