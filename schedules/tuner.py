@@ -41,9 +41,9 @@ def candidates(name: str, problem: Problem, limit: int) -> list[Config]:
     else:
         most = int(name.split()[1])
         tokens = tuple(size for size in (8, 16, 32) if most // 4 <= size <= most)
-        rows, depths, warps = [16, 32], [32, 64, 128], [4]
+        rows, depths, warps = [16, 32], [32, 64, 128], [config.LANES]
     stages = [3, 5, 7, 9] if "down" in name else [2, 3, 4, 5, 6]
-    programs = [4] if "down" in name else [2, 4]
+    programs = [1, 2]
     choices = itertools.product(tokens, rows, depths, stages, warps, programs)
     fitted = (config.fit(name, Config(*choice), problem, limit) for choice in choices)
     return list(dict.fromkeys(fitted))

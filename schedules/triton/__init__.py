@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blockffn_compile.schedules.packing import unfold
 from blockffn_compile.schedules.plan import Problem, Regime
-from blockffn_compile.schedules.triton.config import Gpu, bucket, load_table
+from blockffn_compile.schedules.triton.config import LANES, Gpu, bucket, load_table
 
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
@@ -94,7 +94,7 @@ class TritonKernel:
             "h": problem.hidden_size,
             "s": problem.expert_size,
         }
-        self.columns = triton.next_power_of_2(-(-problem.num_experts // 4))
+        self.columns = triton.next_power_of_2(-(-problem.num_experts // LANES))
         self._gpu = gpu
 
     def __call__(
@@ -147,7 +147,7 @@ class ChunkKernel(TritonKernel):
         e, h, s = problem.num_experts, problem.hidden_size, problem.expert_size
         gpu = self.gpu(x)
         mid = x.new_empty(e * tokens * s)
-        plan = x.new_empty(8 * self.columns + 1, dtype=torch.int64)
+        plan = x.new_empty(2 * LANES * self.columns + 1, dtype=torch.int64)
         poisons = x.new_empty(tokens, dtype=torch.float32)
         # What is fetched early shares the cache with what is at work.
         fetched = gpu.cache // 2 // (2 * h * s) if down.stride(2) == 1 else 0
@@ -156,13 +156,14 @@ class ChunkKernel(TritonKernel):
         chunk.up[(min(most, config.programs * gpu.processors),)](
             x, scores, up, gate, down, mid, plan, poisons, tokens, *up.stride(), *down.stride()[:2],
             H=h, E=e, S=s, ACT=problem.act, GATED=problem.gated, FETCH=min(e, fetched),
-            FOLLOWS=gpu.follows, COLUMNS=self.columns, launch_pdl=gpu.follows, **config.options(),
+            FOLLOWS=gpu.follows, COLUMNS=self.columns, launch_pdl=gpu.follows,
+            maxnreg=config.registers, **config.options(),
         )  # fmt: skip
         config = gpu.table[f"down {bucket(tokens)}"]
         chunk.down[(-(-h // config.rows) * -(-tokens // config.tokens),)](
             mid, down, plan, poisons, out, tokens, *down.stride(),
             H=h, S=s, FOLLOWS=gpu.follows, COLUMNS=self.columns, launch_pdl=gpu.follows,
-            **config.options(),
+            maxnreg=config.registers, **config.options(),
         )  # fmt: skip
 
 
@@ -189,7 +190,7 @@ class PrefillKernel(TritonKernel):
         mid = x.new_empty(e * tokens * s)
         lists = x.new_empty(e * tokens, dtype=torch.int32)
         counts = x.new_empty(e, dtype=torch.int32)
-        plans = x.new_empty(tiles * (8 * self.columns + 1), dtype=torch.int64)
+        plans = x.new_empty(tiles * (2 * LANES * self.columns + 1), dtype=torch.int64)
         poisons = x.new_empty(tokens, dtype=torch.float32)
         prefill.plan[(e + tiles,)](
             x, scores, lists, counts, plans, poisons, tokens,

@@ -85,7 +85,7 @@ def up(
     """
     if FOLLOWS:
         follow()
-    QUARTER: tl.constexpr = (H + 16 * LANES - 1) // (16 * LANES) * 16
+    PART: tl.constexpr = (H + 16 * LANES - 1) // (16 * LANES) * 16
     TILES: tl.constexpr = (S + ROWS - 1) // ROWS
     SECTORS: tl.constexpr = (S + 15) // 16  # of 32 bytes, in a row of w_down
     BLOCK: tl.constexpr = 512
@@ -111,16 +111,16 @@ def up(
         expert = tl.sum(tl.where(on & (rank == part // TILES + 1), expert_of, 0), 0)
         score = tl.load(scores + token * E + expert, mask=token < tokens, other=0.0)
         used = nonzero(score)
-        depth = QUARTER
+        depth = PART
         if groups > 1:
-            depth = tl.max(used.to(tl.int32), 0) * QUARTER
+            depth = tl.max(used.to(tl.int32), 0) * PART
         row = part % TILES * ROWS + tl.arange(0, ROWS)
         first = expert.to(tl.int64) * stride_e
         sums = tl.zeros([LANES, ROWS, TOKENS], tl.float32)
         gates = tl.zeros([LANES, ROWS, TOKENS], tl.float32)
         for start in range(0, depth, DEPTH):
-            h = lane * QUARTER + start + k
-            there = (h < H) & (start + k < QUARTER)
+            h = lane * PART + start + k
+            there = (h < H) & (start + k < PART)
             weight = first + row[None, :, None] * stride_n + h * stride_k
             known = there & (row < S)[None, :, None]
             tile = tl.load(w_up + weight, mask=known, other=0.0)

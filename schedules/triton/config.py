@@ -20,6 +20,9 @@ from blockffn_compile.schedules.plan import Problem
 TUNED = Path(__file__).parents[1] / "tuned"
 BUCKETS = (8, 16, 32, 64)
 KERNELS = (*(f"{k} {n}" for k in ("up", "down") for n in BUCKETS), "prefill up", "prefill down")
+#: Partial sums of an output in decode and chunk: a lane of the up projection has a part of H, a
+#: lane of the down projection every eighth expert.  Each is one warp's chain of products.
+LANES = 8
 #: Kilobytes of shared memory that a program can have, by compute capability.  What is not here
 #: is taken for the smallest.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -35,17 +38,25 @@ class Config:
         depth: length of a product in the summed axis, at least 16.
         stages: software pipeline stages.  In the down projection a stage in two fetches the
             numbers of the experts, whose weights the other fetches.
-        warps: 4 except in prefill, where work items are larger.
-        programs: most programs for each multiprocessor, where a program loops over work items;
-            no more than shared memory holds at once.
+        warps: LANES except in prefill.
+        programs: most programs on a multiprocessor at once.  Where a program loops over work
+            items, no more are launched.
     """
 
     tokens: int
     rows: int
     depth: int
     stages: int
-    warps: int = 4
+    warps: int = LANES
     programs: int = 4
+
+    @property
+    def registers(self) -> int:
+        """Most registers of a thread with which the programs are on a multiprocessor at once.
+
+        Left to itself, the assembler aims for more programs than shared memory holds, and spills.
+        """
+        return min(255, 65536 // (32 * self.warps * self.programs))
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
@@ -134,7 +145,7 @@ def _read(name: str) -> dict[str, Table]:
 def fit(name: str, config: Config, problem: Problem, limit: int) -> Config:
     """Cuts a configuration down to a problem and to ``limit`` bytes of shared memory."""
     outputs, summed = problem.expert_size, problem.hidden_size
-    tiles, lanes = (2 if problem.gated else 1), 4
+    tiles, lanes = (2 if problem.gated else 1), LANES
     if "down" in name:
         outputs, summed, tiles = summed, outputs, 1
     if "prefill" in name:
@@ -146,6 +157,9 @@ def fit(name: str, config: Config, problem: Problem, limit: int) -> Config:
         for wanted, axis in ((config.rows, outputs), (config.depth, summed))
     )
     stage = 2 * lanes * depth * (tiles * rows + config.tokens)
+    # One is filled while another is at work.
+    while 2 * stage > limit and depth > 16:
+        depth, stage = depth // 2, stage // 2
     # Stages but the one at work, or every other of them (see Config.stages), have a buffer.
     share = 2 if "down" in name else 1
     stages = min(config.stages, 1 + share * max(1, limit // stage))

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-#: Partial sums of an output.  A lane of the up projection has a quarter of H, a lane of the down
-#: projection every fourth expert; each lane is a warp's own chain of tensor-core products.
-LANES = tl.constexpr(4)
+from blockffn_compile.schedules.triton import config
+
+LANES = tl.constexpr(config.LANES)
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def test_published_shape(architecture, tokens, launches, tmp_path):
             # One instruction, and one warp to a lane: the order of summation is that of chunk.py.
             instructions = set(re.findall(r"\w*mma\.[\w.]*", kernel.asm["ptx"]))
             assert instructions == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
-            assert "warpsPerCTA = [4, 1, 1], instrShape = [1, 16, 8]" in kernel.asm["ttgir"]
+            assert "warpsPerCTA = [8, 1, 1], instrShape = [1, 16, 8]" in kernel.asm["ttgir"]
 
 
 #: Other dtypes, gates, activations and published shapes, each once where there is least room.
@@ -178,11 +178,13 @@ def test_up_fetches_for_down(launches):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", [1, 32])
-def test_programs_of_up_are_all_there_at_once(architecture, tokens, launches):
+def test_programs_of_up_are_all_there_at_once(architecture, tokens, launches, tmp_path):
     """Only then do those of ``down`` start before the last of ``up`` ends."""
     compile_all(PUBLISHED, architecture, tokens)
     config = load_table("", divmod(architecture, 10), PUBLISHED)[f"up {8 if tokens == 1 else 32}"]
-    assert config.programs * launches[0].metadata.shared <= SHARED[architecture] * 1024
+    used = resources(launches[0], tmp_path)
+    assert config.programs * used.shared <= SHARED[architecture] * 1024
+    assert config.programs * used.registers * 32 * config.warps <= 65536
 
 
 def test_another_token_count_is_the_same_kernel(launches):

@@ -9,7 +9,7 @@ import torch
 
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import config
-from blockffn_compile.schedules.triton.config import KERNELS, Config, bucket, load_table
+from blockffn_compile.schedules.triton.config import KERNELS, LANES, Config, bucket, load_table
 
 PROBLEM = Problem(2048, 128, 128, "silu", False, torch.bfloat16, "cuda")
 
@@ -32,7 +32,7 @@ def test_chunk_kernels_keep_their_order_of_summation():
         for table in json.loads(file.read_text()).values():
             for name, fields in table.items():
                 if not name.startswith("prefill"):
-                    assert fields["warps"] == 4
+                    assert fields["warps"] == LANES
                     assert fields["tokens"] <= 32
 
 
@@ -67,7 +67,7 @@ def test_a_tuned_gpu_has_its_own_table_for_the_shapes_that_were_tuned(tmp_path, 
 def test_small_axes_cut_a_configuration_down():
     problem = Problem(96, 4, 24, "relu", False, torch.float16, "cuda")
     table = load_table("", (9, 0), problem)
-    assert (table["up 8"].rows, table["up 8"].depth) == (16, 32)  # a lane has 24 of H
+    assert (table["up 8"].rows, table["up 8"].depth) == (16, 16)  # a lane has 12 of H
     assert (table["prefill up"].rows, table["prefill up"].depth) == (32, 64)
     assert (table["prefill down"].rows, table["prefill down"].depth) == (128, 32)
     assert table["down 8"].depth == 32
@@ -76,11 +76,12 @@ def test_small_axes_cut_a_configuration_down():
 def test_stages_are_those_that_shared_memory_holds():
     gated = Problem(2048, 128, 128, "silu", True, torch.bfloat16, "cuda")
     wanted = Config(8, 16, 128, stages=9)
-    # A stage has a lane's 128 columns of 16 rows, of 16 of the gate, and of 8 tokens.
+    # A stage has a lane's columns of 16 rows, of 16 of the gate, and of 8 tokens: 128 or, lest
+    # there be room for one stage only, 64 columns.
     for problem, name, stage, stages in (
-        (PROBLEM, "up 8", 4 * 128 * (16 + 8) * 2, 5),
-        (gated, "up 8", 4 * 128 * (32 + 8) * 2, 3),
-        (PROBLEM, "down 8", 4 * 128 * (16 + 8) * 2, 9),
+        (PROBLEM, "up 8", 8 * 128 * (16 + 8) * 2, 3),
+        (gated, "up 8", 8 * 64 * (32 + 8) * 2, 3),
+        (PROBLEM, "down 8", 8 * 128 * (16 + 8) * 2, 5),
     ):
         fitted = config.fit(name, wanted, problem, 99 * 1024)
         assert fitted.stages == stages

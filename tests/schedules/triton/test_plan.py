@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from blockffn_compile.schedules.triton.config import LANES
 from blockffn_compile.schedules.triton.plan import poison, publish, token_sets
-
-LANES = 4
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def test_a_range_of_tokens():
     scores[40, 1] = scores[70, 1] = scores[99, 2] = 1
     plan = torch.zeros(2 * LANES + 1, dtype=torch.int64)
     write_plan[(1,)](scores, plan, 40, 99, E=3, COLUMNS=1, UNROLLED=16)
-    assert plan.tolist() == [0, 1, 2, 3, 0, 1 | 1 << 30, 0, 0, 1]
+    assert plan.tolist() == [*range(LANES), 0, 1 | 1 << 30, *[0] * (LANES - 2), 1]
 
 
 def test_poison_is_nan_without_experts_and_with_a_non_finite_x():
