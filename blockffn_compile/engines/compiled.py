@@ -90,7 +90,8 @@ def capture(
     with torch.cuda.graph(graph):
         results = function(*inputs)
 
-    def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # What the function keeps alive, the graph reads.
+    def replay(*tensors: Tensor, function: object = function) -> tuple[Tensor, ...]:
         for mine, given in zip(inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         graph.replay()

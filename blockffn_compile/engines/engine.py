@@ -36,6 +36,13 @@ def divide(trees: Mapping[int, DraftTree], logits: Tensor, features: Tensor) -> 
     return outputs
 
 
+def wait(outputs: Mapping[int, Output]) -> None:
+    """Returns when the logits are there: on a GPU, ``verify`` returns before."""
+    logits = next(iter(outputs.values())).logits
+    if logits.is_cuda:
+        logits[0, 0].item()
+
+
 def text_length(asked: int | None, context: int) -> int:
     """Most tokens of a text: what was asked for, by default all that the model's context takes.
 

@@ -91,6 +91,8 @@ class TorchEngine:
             if not left:  # else no step is ever as large
                 self.verify(trees)
             yield bucket
+        if self._gpu:
+            self._move_at_once([0], [0], [0])
         self._texts.forget()
 
     @torch.no_grad()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from blockffn_compile.engines.engine import BUCKETS, Engine
+from blockffn_compile.engines.engine import BUCKETS, Engine, wait
 from blockffn_compile.schedules.cache import DIGEST_BYTES, cached
 from blockffn_compile.speculative.tree import DraftTree
 
@@ -46,26 +46,34 @@ def measure(engine: Engine) -> dict[int, float]:
         if engine.length(0) + bucket > engine.max_length:
             break
         tree = DraftTree.chain(tokens[0], tokens[1:bucket], [0.0] * (bucket - 1))
-        engine.verify({0: tree})
-        cost[bucket] = fastest_ms(functools.partial(engine.verify, {0: tree}))
+
+        def verify(tree: DraftTree = tree) -> None:
+            wait(engine.verify({0: tree}))
+
+        verify()
+        cost[bucket] = fastest_ms(verify)
     # A tree may always be padded: what is measured as dearer than that, met a busy moment.
     for larger, smaller in itertools.pairwise(sorted(cost, reverse=True)):
         cost[smaller] = min(cost[smaller], cost[larger])
     return cost
 
 
-def recall(engine: Engine, identity: str) -> dict[int, float]:
+def recall(engine: Engine, device: torch.device, identity: str) -> dict[int, float]:
     """The result of :func:`measure`, kept on disk for this machine.
 
     Args:
         engine: measured the first time.
-        identity: whatever its speed depends on, but for the machine, its threads and PyTorch.
+        device: that it runs on.
+        identity: whatever else its speed depends on, but for the machine, its threads, PyTorch and
+            this package.
     """
 
     def make(path: Path) -> None:
         path.write_text(json.dumps(measure(engine)))
 
-    machine = (platform.node(), platform.machine(), torch.get_num_threads(), torch.__version__)
+    versions = torch.__version__, version("blockffn-compile")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = (platform.node(), name, torch.get_num_threads(), *versions)
     path = cached("cost", f"{machine} {BUCKETS} {identity}", make, ".json")
     cost = json.loads(path.read_bytes()[:-DIGEST_BYTES])
     return {int(nodes): ms for nodes, ms in cost.items()}

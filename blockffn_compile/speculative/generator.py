@@ -85,8 +85,8 @@ class Generator:
         self._cost = {1: 1.0}
         if self._makers:
             weight = model.lm_head.weight
-            shape = (model.config, weight.dtype, weight.device, rows, self.engine.max_length)
-            self._cost = cost.recall(self.engine, str(shape))
+            shape = (model.config, weight.dtype, rows, self.engine.max_length)
+            self._cost = cost.recall(self.engine, weight.device, str(shape))
         self._draft_ms = [0.0] * len(self._makers)
         if eagle is not None:
             for bucket in eagle.warm_up():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from blockffn_compile.engines.engine import BUCKETS, Engine
+from blockffn_compile.engines.engine import BUCKETS, Engine, wait
 from blockffn_compile.speculative.acceptance import accept
 from blockffn_compile.speculative.drafter import Drafter
 from blockffn_compile.speculative.policy import PLAIN, Choice, TreePolicy
@@ -190,6 +190,7 @@ def decode(
         trees = {text.row: text.draft(most, engine.vocab_size) for text in texts}
         start = time.perf_counter()
         outputs = engine.verify(trees)
+        wait(outputs)
         verify_ms = (time.perf_counter() - start) * 1e3
         # Of trees of one size, each has an equal share.
         alike = len({len(tree) for tree in trees.values()}) == 1

@@ -58,8 +58,9 @@ def _warn(reason: str) -> None:
 @functools.cache
 def attention_kernel(dtype: torch.dtype, index: int) -> Callable[..., None] | None:
     """``cached_attention`` of ``attention.py`` for a GPU, or None without kernels."""
-    if unsupported(dtype) is not None:
-        return None
+    with torch.cuda.device(index):
+        if unsupported(dtype) is not None:
+            return None
     from blockffn_compile.schedules.triton.attention import cached_attention
 
     return functools.partial(cached_attention, follows=_follows(index))

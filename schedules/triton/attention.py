@@ -1,8 +1,8 @@
 """Attention of a few tokens over a static cache.
 
 Two launches.  ``attend`` cuts the slots of the cache into pieces and gives each query the softmax
-over the slots of a piece that it sees; ``join`` adds the pieces up.  Queries that share a key head,
-also those of several tokens of one sequence, share a read of keys and values.
+over the slots of a piece that it sees; ``join`` adds the pieces up.  Queries that share a key head
+share a read of keys and values, if the cache is of one sequence those of several tokens, too.
 """
 
 from __future__ import annotations
@@ -204,6 +204,8 @@ def cached_attention(
     """
     q, keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, keys, values))
     (tokens, heads, d), (batch, kv_heads, length, _), v = q.shape, keys.shape, values.shape[3]
+    if tokens == 0:
+        return
     group = heads // kv_heads
     each = triton.next_power_of_2(group)
     # Tokens of one sequence alone are known to be of one.
@@ -214,6 +216,8 @@ def cached_attention(
     sums = q.new_empty(tokens * heads * pieces * v, dtype=torch.float32)
     stats = q.new_empty(tokens * heads * pieces * 2, dtype=torch.float32)
     columns = triton.next_power_of_2(v)
+    # Wide heads and large groups need the shared memory and the registers of two small programs.
+    large = d + v > 320 or together * each > QUERIES
     with torch.cuda.device_of(q):
         # Left to itself, the assembler gives a program few registers, and spills.
         attend[(-(-tokens // together), kv_heads, pieces)](
@@ -221,7 +225,7 @@ def cached_attention(
             d**-0.5 * math.log2(math.e), *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
             D=d, V=v, GROUP=group, TOKENS=together, EACH=each, SLOTS=SLOTS, PIECE=piece,
             COLUMNS=columns, FOLLOWS=follows, launch_pdl=follows,
-            num_warps=8, num_stages=2, maxnreg=168,
+            num_warps=8, num_stages=1 if large else 2, maxnreg=255 if large else 168,
         )  # fmt: skip
         join[(tokens * heads,)](
             sums, stats, context, out, length, heads, pieces,

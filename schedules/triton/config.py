@@ -56,7 +56,7 @@ class Config:
 
         Left to itself, the assembler aims for more programs than shared memory holds, and spills.
         """
-        return min(255, 65536 // (32 * self.warps * self.programs))
+        return min(255, 65536 // (32 * self.warps * self.programs) // 8 * 8)
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
 from blockffn_compile.engines.engine import BUCKETS
 from blockffn_compile.speculative import cost
 from tests.speculative.tables import TableEngine
+
+CPU = torch.device("cpu")
 
 
 class Timed(TableEngine):
@@ -55,16 +58,16 @@ def test_slow_calls_are_made_less_often() -> None:
 def test_recalled_for_the_same_machine_and_model(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("BLOCKFFN_CACHE_DIR", str(tmp_path))
     engine = TableEngine()
-    first = cost.recall(engine, "one")
+    first = cost.recall(engine, CPU, "one")
     assert tuple(first) == BUCKETS
     engine.sizes.clear()
-    assert cost.recall(engine, "one") == first
+    assert cost.recall(engine, CPU, "one") == first
     assert not engine.sizes
-    cost.recall(engine, "two")
+    cost.recall(engine, CPU, "two")
     assert engine.sizes
     engine.sizes.clear()
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
-    cost.recall(engine, "one")
+    cost.recall(engine, CPU, "one")
     assert engine.sizes
 
 

@@ -19,6 +19,7 @@ import blockffn_compile.backend  # noqa: F401
 from blockffn_compile.layer import BlockFFN, BlockFFNSpec
 from blockffn_compile.schedules import select, triton
 from blockffn_compile.schedules.plan import Problem, regime
+from blockffn_compile.schedules.triton import attention
 from tests.schedules.triton.problems import MANY_EXPERTS, eager, error, inputs, oracle, weights
 from tests.test_step_ops import HEADS, LIMITS, SHAPES, Case
 
@@ -159,13 +160,20 @@ def test_memory(tokens):
         run(PROBLEMS[name], x, scores, on_gpu(weights(PROBLEMS[name])))
     case = Case("groups of three", torch.float16, SHAPES["rows"][:tokens])
     torch.ops.blockffn.cached_attention(*on_gpu(case.arguments()))
+    case = Case("groups of three", torch.float16, SHAPES["tree"][:tokens])
+    q, keys, values, _, *places = on_gpu(case.arguments())
+    rows = torch.zeros(len(q), dtype=torch.int64, device="cuda")
+    torch.ops.blockffn.cached_attention(q, keys[:1], values[:1], rows, *places)
     torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("heads", [*HEADS, "GQA", "MLA"])
-def test_attention(heads, shape, dtype, monkeypatch):
+@pytest.mark.parametrize("heads", [*HEADS, "GQA", "MLA", "wide"])
+@pytest.mark.parametrize("pieces", [64, 1])
+def test_attention(heads, shape, dtype, pieces, monkeypatch):
+    monkeypatch.setattr(attention, "PIECES", pieces)
+    monkeypatch.setitem(HEADS, "wide", (16, 2, 256, 256))
     monkeypatch.setitem(HEADS, "GQA", (16, 2, 128, 128))
     monkeypatch.setitem(HEADS, "MLA", (16, 16, 192, 128))
     case = Case(heads, dtype, SHAPES[shape])

@@ -116,7 +116,12 @@ def test_other_problems(problem, architecture, tokens, launches, tmp_path):
 
 
 #: Queries, key heads, and sizes of a key and a value of the published attentions.
-ATTENTIONS = {"GQA": (16, 2, 128, 128), "MLA": (16, 16, 192, 128)}
+ATTENTIONS = {
+    "GQA": (16, 2, 128, 128),
+    "MLA": (16, 16, 192, 128),
+    "wide": (16, 2, 256, 256),
+    "large group": (64, 1, 128, 128),
+}
 
 
 def compile_attention(name: str, architecture: int, tokens: int) -> None:
@@ -149,7 +154,9 @@ def test_attention(architecture, tokens, name, launches, tmp_path):
     attend = launches[0].asm["ptx"]
     assert re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", attend)
     # Keys and values come in pieces of 16 bytes.
-    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", attend)
+    assert re.search(
+        r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10|ld\.global\.v4\.b32", attend
+    )
 
 
 @pytest.mark.parametrize("architecture", [89, 90, 120])
