@@ -96,7 +96,8 @@ class TreePolicy:
     (Dinkelbach, 1967). What the draft took is spent by then, and changes nothing.
 
     **What verifying costs** is known from the start, and follows what steps really take: more as
-    the text grows longer, less where the nodes of trees share their experts.
+    the text grows longer, less where the nodes of trees share their experts.  A size that was not
+    used yet keeps its ratio to those that are: what is wrong at the start is mostly wrong for all.
 
     **Trials.** A drafter that does not pay is tried again with a small tree whenever it has saved
     up what that is expected to lose: together, drafters get a hundredth of all time, and what
@@ -190,7 +191,10 @@ class TreePolicy:
             size = bisect.bisect_left(self._sizes, len(tree))
             self._measured[size] += 1
             step = max(COST_STEP, FIRST_COST_STEP / self._measured[size])
-            self._costs[size] *= 1 + math.copysign(step, verify_ms - self._costs[size])
+            factor = 1 + math.copysign(step, verify_ms - self._costs[size])
+            for i, steps in enumerate(self._measured):
+                if i == size or not steps:
+                    self._costs[i] *= factor
         if choice.drafter is None:
             self._plain += 1
             return

@@ -166,7 +166,20 @@ def test_costs_follow_what_steps_take_and_not_single_slow_ones() -> None:
         policy.update(choice, bushy(), [0], 0.0, 5.0)
     policy.update(choice, bushy(), [0], 0.0, None)  # says nothing
     assert policy._cost(6) == pytest.approx(5.0, rel=0.03)
-    assert [policy._cost(nodes) for nodes in (1, 2, 4)] == [1.0, 1.4, 1.8]
+
+
+def test_sizes_not_used_yet_keep_their_ratio_to_the_others() -> None:
+    policy = TreePolicy({1: 1.0, 2: 1.4, 4: 1.8, 8: 1.9}, [0.0])
+    for _ in range(200):
+        policy.update(Choice(None, 1, False), DraftTree.root(0), [0], 0.0, 0.5)
+    assert policy._cost(1) == pytest.approx(0.5, rel=0.03)
+    for nodes, ratio in ((2, 1.4), (4, 1.8), (8, 1.9)):
+        assert policy._cost(nodes) == pytest.approx(ratio * policy._cost(1))
+    for _ in range(200):
+        policy.update(Choice(0, 8, False), bushy(), [0], 0.0, 3.0)
+    assert policy._cost(8) == pytest.approx(3.0, rel=0.03)
+    assert policy._cost(1) == pytest.approx(0.5, rel=0.03)
+    assert policy._cost(4) == pytest.approx(3.0 * 1.8 / 1.9, rel=0.03)
 
 
 @pytest.mark.parametrize("start", [0.7, 1.35])
@@ -179,6 +192,7 @@ def test_a_start_in_a_bad_moment_is_soon_forgotten(start) -> None:
 
 def test_plain_steps_tell_their_cost_too() -> None:
     policy, tree = TreePolicy({1: 1.0, 2: 1.4, 4: 1.8, 8: 1.81}, [0.0]), DraftTree.root(0)
+    policy._measured = [1, 1, 1, 1]
     for _ in range(200):
         policy.update(Choice(None, 1, False), tree, [0], 0.0, 0.5)
     # The time of a step of four is worth 3.6 tokens now.

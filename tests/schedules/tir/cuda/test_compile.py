@@ -107,7 +107,7 @@ def test_code_that_is_none():
 
 
 def test_no_compiler(monkeypatch):
-    monkeypatch.setattr("blockffn_compile.schedules.tir.cuda.compile.find_spec", lambda _: None)
+    monkeypatch.setattr("blockffn_compile.schedules.tir.cuda.compile.cuda_file", lambda _: None)
     compiler.cache_clear()
     with pytest.raises(RuntimeError, match=r"install blockffn-compile\[cuda\]"):
         compiler()
