@@ -13,7 +13,6 @@ import dataclasses
 import json
 import statistics
 import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from blockffn_compile.models.cache import StaticCache
 from blockffn_compile.schedules.plan import Problem
 from blockffn_compile.schedules.triton import ChunkKernel, find_gpu, unsupported
 from blockffn_compile.schedules.triton.traffic import layer_traffic
-from blockffn_compile.schedules.tuner import replay_us
+from blockffn_compile.schedules.tuner import replay_us, warm_up
 from blockffn_compile.speculative.tree import DraftTree
 
 LAYERS = 36
@@ -195,10 +194,7 @@ def ffn(console: Console) -> list[dict[str, Any]]:
 
 def median_ms(call: Callable[[], object], calls: int = 20) -> float:
     """Milliseconds of a call, host included, after a while in which the clock may rise."""
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < 0.3:
-        call()
-        torch.cuda.synchronize()
+    warm_up(call)
     times = []
     for _ in range(calls):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -25,7 +25,7 @@ from torch import Tensor
 from blockffn_compile.layer import ACTIVATIONS
 from blockffn_compile.schedules.plan import Problem, regime
 from blockffn_compile.schedules.triton import ChunkKernel, PrefillKernel, config, find_gpu
-from blockffn_compile.schedules.triton.config import Config, Table, load_table
+from blockffn_compile.schedules.triton.config import Config, Table
 
 #: Experts of a token, and in the union of 32, as measured on the published models.
 PAIRS, UNION = 0.125, 0.31
@@ -135,20 +135,22 @@ class Bench:
             return math.inf
 
 
-def replay_us(work: Callable[[], object], warm_up_s: float = 0.3, replays: int = 50) -> float:
-    """Microseconds that a CUDA graph of some work takes: the median of its replays.
+def warm_up(work: Callable[[], object], seconds: float = 0.3) -> None:
+    """Works untimed for as long as a GPU that was idle takes to reach its clock."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        work()
+        torch.cuda.synchronize()
 
-    A GPU that was idle takes a while to reach its clock: that long it replays untimed.
-    """
+
+def replay_us(work: Callable[[], object], warm_up_s: float = 0.3, replays: int = 50) -> float:
+    """Microseconds that a CUDA graph of some work takes: the median of its replays."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    start = time.perf_counter()
-    while time.perf_counter() - start < warm_up_s:
-        graph.replay()
-        torch.cuda.synchronize()
+    warm_up(graph.replay, warm_up_s)
     times = []
     for _ in range(replays):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -177,10 +179,9 @@ def main() -> None:
         options.hidden, options.experts, options.size, options.act, options.gated,
         getattr(torch, options.dtype), "cuda",
     )  # fmt: skip
-    gpu = torch.cuda.get_device_properties()
-    start = load_table(gpu.name, (gpu.major, gpu.minor), problem)
-    limit = config.shared_bytes((gpu.major, gpu.minor))
-    for table in tune(problem, start, limit, Bench(problem), options.only or list(start)):
+    gpu, bench = torch.cuda.get_device_properties(), Bench(problem)
+    start, limit = bench.gpu.table, config.shared_bytes((gpu.major, gpu.minor))
+    for table in tune(problem, start, limit, bench, options.only or list(start)):
         path = write(gpu.name, problem, table)
     print(path)
 

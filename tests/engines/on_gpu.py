@@ -13,7 +13,9 @@ from blockffn_compile.models.checkpoint import load_model
 from blockffn_compile.speculative import cost
 from blockffn_compile.speculative.generator import Generator
 from blockffn_compile.speculative.tree import DraftTree
-from tests.engines.contract import PROMPT, chain, path_to, plain, random_tree, tree
+from tests.engines.contract import PROMPT, chain, equal, path_to, plain, random_tree, tree
+from tests.engines.test_torch_engine import entries
+from tests.test_step_ops import error
 
 LENGTH = 200
 TOKENS = [(11 * i * i + 5) % 300 for i in range(LENGTH)]
@@ -28,17 +30,13 @@ def engine(request):
     return engine
 
 
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_error_is_within_eager(engine, size):
     text = torch.tensor([TOKENS], device="cuda")
     exact = copy.deepcopy(engine.model).double()(text)[0, -size:]
     engine.prefill(0, TOKENS[:-size])
     ours = engine.verify({0: chain(TOKENS[-size:])})[0].logits
-    assert relative(ours, exact) <= 1.5 * relative(engine.model(text)[0, -size:], exact)
+    assert error(ours, exact) <= 1.5 * error(engine.model(text)[0, -size:], exact)
 
 
 def test_nodes_of_a_tree_are_plain_decoding(engine):
@@ -51,29 +49,26 @@ def test_nodes_of_a_tree_are_plain_decoding(engine):
     path = path_to(drafts, 22)
     engine.prefill(0, PROMPT)
     want = torch.stack(plain(engine, 0, drafts.tokens[path].tolist()))
-    assert relative(logits[path], want) < 0.02
+    assert error(logits[path], want.double()) < 0.02
 
 
 def test_commits_keep_what_plain_decoding_would_have_stored(engine):
-    def entries(row):
-        end = engine.length(row)
-        return [t[row, :, :end].clone() for t in (*engine.cache.keys, *engine.cache.values)]
-
     engine.prefill(0, PROMPT)
     last = engine.rows - 1
     if last:
         engine.prefill(last, PROMPT)
-    other, text = entries(last), list[int]()
+    other, text = entries(engine, last), list[int]()
     drafts = tree([9, 1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 2, 4, 4])
     for path in ([0, 2, 4, 6], [0], [0, 2], [0, 1, 3], [0, 2, 4, 5]):
         engine.verify({0: drafts})
         engine.commit(0, path)
         text += drafts.tokens[path].tolist()
-    stored = entries(0)
-    assert last == 0 or all(map(torch.equal, entries(last), other))
+    stored = entries(engine, 0)
+    assert last == 0 or equal(entries(engine, last), other)
     engine.prefill(0, PROMPT)
     plain(engine, 0, text)
-    assert all(relative(*pair) < 0.02 for pair in zip(stored, entries(0), strict=True))
+    for got, want in zip(stored, entries(engine, 0), strict=True):
+        assert error(got, want.double()) < 0.02
 
 
 def test_steps_and_commits_wait_for_nothing(engine):

@@ -159,6 +159,7 @@ def test_one_size_leaves_nothing_to_draft() -> None:
 
 def test_costs_follow_what_steps_take_and_not_single_slow_ones() -> None:
     policy, choice = TreePolicy({1: 1.0, 2: 1.4, 4: 1.8, 8: 1.9}, [0.0]), Choice(0, 8, False)
+    policy._measured = [1, 1, 1, 1]
     for i in range(200):
         policy.update(choice, bushy(), [0], 0.0, 50.0 if i % 10 == 0 else 1.9)
     assert policy._cost(6) == pytest.approx(1.9, rel=0.03)
@@ -166,6 +167,7 @@ def test_costs_follow_what_steps_take_and_not_single_slow_ones() -> None:
         policy.update(choice, bushy(), [0], 0.0, 5.0)
     policy.update(choice, bushy(), [0], 0.0, None)  # says nothing
     assert policy._cost(6) == pytest.approx(5.0, rel=0.03)
+    assert [policy._cost(nodes) for nodes in (1, 2, 4)] == [1.0, 1.4, 1.8]
 
 
 def test_sizes_not_used_yet_keep_their_ratio_to_the_others() -> None:

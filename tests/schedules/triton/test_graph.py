@@ -93,7 +93,7 @@ def test_attention_is_two_launches(gpu, tokens, monkeypatch):
     launches: list[tuple[str, tuple[int, ...]]] = []
 
     def record(self: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
-        assert kwargs["FOLLOWS"] == kwargs["launch_pdl"] == True  # noqa: E712
+        assert kwargs["FOLLOWS"] is kwargs["launch_pdl"] is True
         launches.append((self.__name__, grid))
 
     monkeypatch.setattr(JITFunction, "run", record)
