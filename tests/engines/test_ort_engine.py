@@ -14,10 +14,10 @@ from blockffn_compile.models.checkpoint import load_model
 from blockffn_compile.onnx.files import ModelError, save
 from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
-from blockffn_compile.speculative.policy import TreePolicy
 from blockffn_compile.speculative.tree import DraftTree
 from tests.engines.contract import chain, path_to, random_tree, tree
 from tests.onnx.test_files import make_model
+from tests.speculative.tables import Always
 
 ROWS, LENGTH = 3, 100
 PROMPT = [5, 17, 3, 250, 17, 99, 4, 61, 12]
@@ -214,8 +214,8 @@ def test_greedy_tokens_of_the_bundled_model_are_those_of_pytorch(bundled, portab
     engine = OrtEngine(path, portable=portable)
     assert engine.session.flavour == ("portable" if portable else "native")
     plain = [t for step in decode(engine, [prompt], 128) for t in step.tokens]
-    policy = TreePolicy({1: 1.0, 64: 1.01}, [0.0])
-    steps = list(decode(engine, [prompt], 128, drafters=lambda: [NGramDrafter()], policy=policy))
+    drafting = decode(engine, [prompt], 128, drafters=lambda: [NGramDrafter()], policy=Always(8))
+    steps = list(drafting)
     assert plain == want
     assert [t for step in steps for t in step.tokens] == want
     assert any(step.drafted for step in steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from blockffn_compile.aot.compiler import build
 from blockffn_compile.engines.tvm_engine import TvmEngine
 from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
-from blockffn_compile.speculative.policy import TreePolicy
 from blockffn_compile.speculative.tree import DraftTree
 from tests.engines.contract import LENGTH, PROMPT, ROWS, BitsOfPlainDecoding, chain, equal, plain
 from tests.engines.test_torch_engine import MODELS
+from tests.speculative.tables import Always
 
 
 @pytest.fixture(
@@ -108,19 +107,12 @@ def test_the_context_is_used_to_its_end(engine):
 
 
 def test_the_loop_writes_the_same_text_with_and_without_drafts(engine):
-    def text(sizes: dict[int, float], drafters: Sequence[NGramDrafter]) -> list[int]:
-        steps = decode(
-            engine,
-            [PROMPT],
-            60,
-            drafters=lambda: drafters,
-            policy=TreePolicy(sizes, [0.0]) if drafters else None,
-        )
-        return [token for step in steps for token in step.tokens]
-
-    greedy = text({1: 1.0}, [])
+    greedy = [token for step in decode(engine, [PROMPT], 60) for token in step.tokens]
     assert len(greedy) == 60
-    assert text({1: 1.0, 8: 1.0}, [NGramDrafter()]) == greedy
+    drafting = decode(engine, [PROMPT], 60, drafters=lambda: [NGramDrafter()], policy=Always(8))
+    steps = list(drafting)
+    assert [token for step in steps for token in step.tokens] == greedy
+    assert any(step.drafted for step in steps)
 
 
 @pytest.mark.parametrize("length", [0, -1, 129])

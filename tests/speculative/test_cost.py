@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,45 +14,68 @@ from tests.speculative.tables import TableEngine
 CPU = torch.device("cpu")
 
 
-class Timed(TableEngine):
-    """Takes 0.2 ms a node, and is once disturbed for long."""
+class Clock:
+    """In the place of the module ``time``: only sleep takes any."""
 
-    disturbed = 0  # at so many nodes
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(cost, "time", clock)
+    return clock
+
+
+class Timed(TableEngine):
+    """Takes 0.2 ms a node; disturbed, 20 ms."""
+
+    def __init__(self, clock: Clock, disturbed: Callable[[int, int], bool]) -> None:
+        super().__init__()
+        self._clock, self._disturbed = clock, disturbed
 
     def verify(self, trees):
         (nodes,) = map(len, trees.values())
-        time.sleep(2e-4 * nodes if nodes != self.disturbed else 0.02)
+        disturbed = self._disturbed(len(self.sizes), nodes)
+        self._clock.sleep(0.02 if disturbed else 2e-4 * nodes)
         return super().verify(trees)
 
 
-def test_costs_are_those_of_the_engine() -> None:
-    measured = cost.measure(Timed())
+@pytest.mark.parametrize("every", [2, 3, 1000])
+def test_costs_are_those_of_the_engine(clock, every) -> None:
+    """However often it is disturbed, up to every other time."""
+    measured = cost.measure(Timed(clock, lambda call, _: call % every == 0))
     assert tuple(measured) == BUCKETS
     for nodes, ms in measured.items():
-        assert 0.2 * nodes <= ms < 0.2 * nodes + 5
+        assert ms == pytest.approx(0.2 * nodes)
 
 
-def test_fewer_nodes_are_never_dearer() -> None:
-    engine = Timed()
-    engine.disturbed = 4
-    measured = cost.measure(engine)
-    assert measured[4] == measured[8] < 20
+def test_fewer_nodes_are_never_dearer(clock) -> None:
+    measured = cost.measure(Timed(clock, lambda _, nodes: nodes == 4))
+    assert measured[4] == measured[8] == pytest.approx(1.6)
 
 
 def test_a_short_context_has_few_sizes() -> None:
     assert tuple(cost.measure(TableEngine(max_length=10))) == (1, 2, 4)
 
 
-def test_slow_calls_are_made_less_often() -> None:
+def test_slow_calls_are_made_less_often(clock) -> None:
     calls: list[int] = []
 
     def call() -> None:
         calls.append(0)
-        time.sleep(0.3)
+        clock.sleep(0.3)
 
     ms = cost.fastest_ms(call)
     assert len(calls) == cost.LEAST_CALLS
-    assert 300 <= ms < 400
+    assert ms == pytest.approx(300)
 
 
 def test_recalled_for_the_same_machine_and_model(tmp_path, monkeypatch) -> None:
