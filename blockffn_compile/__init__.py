@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from blockffn_compile.generation import generate
     from blockffn_compile.models.checkpoint import load_model
     from blockffn_compile.models.eagle import load_eagle
+    from blockffn_compile.quantisation import quantize
     from blockffn_compile.speculative.generator import Generator
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "explain", "generate", "load_eagle", "load_model"]
+__all__ = ["Generator", "explain", "generate", "load_eagle", "load_model", "quantize"]
 
 _HOMES = {
     "explain": "blockffn_compile.explain",
     "generate": "blockffn_compile.generation",
     "load_model": "blockffn_compile.models.checkpoint",
     "load_eagle": "blockffn_compile.models.eagle",
+    "quantize": "blockffn_compile.quantisation",
     "Generator": "blockffn_compile.speculative.generator",
 }
 

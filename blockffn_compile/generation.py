@@ -82,7 +82,7 @@ def new_cache(model: BlockFFNForCausalLM, length: int) -> StaticCache:
     size = min(SHORTEST_CACHE, longest)
     while size < length:
         size = min(2 * size, longest)
-    weight = model.lm_head.weight
+    weight = model.model.embed_tokens.weight
     return StaticCache(model.config, 1, size, weight.dtype, weight.device)
 
 
@@ -135,7 +135,9 @@ def generate(
         ValueError: the prompt is empty, does not fit the context or the vocabulary, or a number
             is out of range.
     """
-    prompt = torch.as_tensor(tokens, dtype=torch.long, device=model.lm_head.weight.device)
+    prompt = torch.as_tensor(
+        tokens, dtype=torch.long, device=model.model.embed_tokens.weight.device
+    )
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if prompt.dim() != 1 or not 0 < len(prompt) < longest:
         shape = list(prompt.shape)

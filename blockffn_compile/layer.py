@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,22 @@ class BlockFFNSpec:
     def replace(self, **changes: object) -> BlockFFNSpec:
         """A copy with ``changes`` applied, validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+#: Names of ways to quantise weights, by their integers.
+Scheme = Literal["int8", "int4"]
+
+
+class Quantisation(NamedTuple):
+    """How weights are stored that are integers times a scale.
+
+    Attributes:
+        bits: 8 is int8, -127..127; 4 is two in a uint8, -8..7, the first in the lower bits.
+        group: weights, neighbours along the summed axis, that share a scale; a multiple of 32.
+    """
+
+    bits: Literal[4, 8]
+    group: int
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

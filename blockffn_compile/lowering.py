@@ -20,7 +20,12 @@ from blockffn_compile import ops, step_ops
 
 
 def _linear_out(x: Tensor, *weights: Tensor, out: Tensor) -> None:
-    step_ops.linear(x, weights, out)
+    step_ops.linear(x, weights, out=out)
+
+
+def _quantised_linear_out(x: Tensor, *tensors: Tensor, out: Tensor) -> None:
+    count = len(tensors) // 2
+    step_ops.linear(x, tensors[:count], tensors[count:], out)
 
 
 def _ffn_out(
@@ -36,10 +41,19 @@ def _ffn_out(
     ops.run_into(x, scores, w_up, w_down, None, act, up_axes, down_axes, out)
 
 
+def _quantised_ffn_out(x: Tensor, scores: Tensor, *rest: Any, out: Tensor) -> None:
+    *tensors, act, up_axes, down_axes = rest
+    count = len(tensors) // 2
+    w_up, w_down, w_gate = (*tensors[:count], None)[:3]
+    ops.run_into(x, scores, w_up, w_down, w_gate, act, up_axes, down_axes, out, tensors[count:])
+
+
 # Generated code finds them by name in this namespace.
 setattr(extern_kernels, "blockffn_ffn", _ffn_out)  # noqa: B010
 setattr(extern_kernels, "blockffn_gated_ffn", ops.run_into)  # noqa: B010
+setattr(extern_kernels, "blockffn_quantised_ffn", _quantised_ffn_out)  # noqa: B010
 setattr(extern_kernels, "blockffn_linear", _linear_out)  # noqa: B010
+setattr(extern_kernels, "blockffn_quantised_linear", _quantised_linear_out)  # noqa: B010
 setattr(extern_kernels, "blockffn_cached_attention", step_ops.cached_attention)  # noqa: B010
 
 
@@ -65,17 +79,26 @@ def _ffn(
     w_gate: ir.TensorBox | None = None,
     up_axes: str = "e,s,h",
     down_axes: str = "e,h,s",
+    up_scales: ir.TensorBox | None = None,
+    down_scales: ir.TensorBox | None = None,
+    gate_scales: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
     inputs, name = [x, scores, w_up, w_down], "blockffn_ffn"
     if w_gate is not None:
         inputs, name = [*inputs, w_gate], "blockffn_gated_ffn"
+    scales = [s for s in (up_scales, down_scales, gate_scales) if s is not None]
+    if scales:
+        inputs, name = [*inputs, *scales], "blockffn_quantised_ffn"
     return _call(name, inputs, x.get_size(), (act, up_axes, down_axes))
 
 
 @register_lowering(torch.ops.blockffn.linear.default, type_promotion_kind=None)
-def _linear(x: ir.TensorBox, weights: Sequence[ir.TensorBox]) -> ir.TensorBox:
+def _linear(
+    x: ir.TensorBox, weights: Sequence[ir.TensorBox], scales: Sequence[ir.TensorBox] | None = None
+) -> ir.TensorBox:
     outputs = sum(w.get_size()[0] for w in weights)
-    return _call("blockffn_linear", [x, *weights], [x.get_size()[0], outputs])
+    name = "blockffn_quantised_linear" if scales else "blockffn_linear"
+    return _call(name, [x, *weights, *(scales or ())], [x.get_size()[0], outputs])
 
 
 @register_lowering(torch.ops.blockffn.cached_attention.default, type_promotion_kind=None)

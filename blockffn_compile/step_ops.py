@@ -14,8 +14,11 @@ from torch import Tensor
 from blockffn_compile.layer import CHUNK_TOKENS
 from blockffn_compile.schedules import tir, triton
 from blockffn_compile.schedules.packing import PANELS
+from blockffn_compile.schedules.quantisation import dequantised, quantisation_of
 
-torch.library.define("blockffn::linear", "(Tensor x, Tensor[] weights) -> Tensor")
+torch.library.define(
+    "blockffn::linear", "(Tensor x, Tensor[] weights, Tensor[]? scales=None) -> Tensor"
+)
 torch.library.define(
     "blockffn::cached_attention",
     "(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor context, "
@@ -26,12 +29,18 @@ torch.library.define(
 torch.library.define("blockffn::materialize", "(Tensor x) -> Tensor")
 
 
-def linear(x: Tensor, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Products with several matrices at once: ``x @ cat(weights).T``.
 
     Args:
         x: [T, K].
         weights: matrices [Ni, K]; each counts as constant until it is written to.
+        scales: of quantised weights, all of one kind; see ``schedules/quantisation.py``.
         out: [T, sum(Ni)] contiguous, for the result.
 
     Returns:
@@ -42,12 +51,18 @@ def linear(x: Tensor, weights: Sequence[Tensor], out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     kernel = None
-    if x.device.type == "cpu" and 0 < tokens <= CHUNK_TOKENS:
-        kernel = tir.linear_kernel(inputs, outputs, x.dtype)
+    if x.device.type == "cpu" and tokens and (scales or tokens <= CHUNK_TOKENS):
+        quantisation = quantisation_of(weights[0], scales[0]) if scales else None
+        kernel = tir.linear_kernel(inputs, outputs, x.dtype, quantisation)
     if kernel is None:
+        if scales:
+            pairs = zip(weights, scales, strict=True)
+            weights = [dequantised(w, s, x.dtype) for w, s in pairs]
         return torch.cat([x @ w.T for w in weights], dim=1, out=out)
     function, panel = kernel
-    function(tir.aligned(x), PANELS.rows(weights, panel), out)
+    panels = [PANELS.rows(tensors, panel) for tensors in (weights, scales) if tensors]
+    for part, result in zip(x.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS), strict=True):
+        function(tir.aligned(part), *panels, result)
     return out
 
 
@@ -109,11 +124,21 @@ def _plain_attention(
     )[:, :, 0]
 
 
-def _fake_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _fake_linear(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] | None = None
+) -> Tensor:
     torch._check(x.dim() == 2, lambda: "x must be [T, K]")
-    for weight in weights:
+    for pair in zip(weights, scales or (), strict=bool(scales)):
         torch._check(
-            weight.dim() == 2 and weight.shape[1] == x.shape[1] and weight.dtype == x.dtype,
+            quantisation_of(*pair) == quantisation_of(weights[0], scales[0]),  # type: ignore[index]
+            lambda: "weights must be quantised in one way",
+        )
+    for weight in weights:
+        columns = weight.shape[-1] * (2 if scales and weight.dtype == torch.uint8 else 1)
+        torch._check(
+            weight.dim() == 2
+            and columns == x.shape[1]
+            and (bool(scales) or weight.dtype == x.dtype),
             lambda: "weights must be [N, K] of the dtype of x",
         )
     return x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from blockffn_compile.passes.quantised import is_quantised
 from blockffn_compile.passes.view import AXES_ONLY, Size, Value
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -120,6 +121,8 @@ class _Lowering:
             return self.new(node, "output", self.operands(*node.all_input_nodes))
         if isinstance(_val(node), int | torch.SymInt):
             return self.new(node, "other")  # it reads a shape, not the elements
+        if is_quantised(node):
+            return self.new(node, "constant")  # a stored weight
         value: Value | None = None
         if node.target is operator.getitem:
             value = self._item(node)

@@ -28,6 +28,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from blockffn_compile.passes import linears
 from blockffn_compile.passes.aten import METADATA_ASSERTION, lower, size_token
 from blockffn_compile.passes.emitter import Emitter
+from blockffn_compile.passes.quantised import alike, is_quantised, stored
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
 from blockffn_compile.passes.verification import SIZES, check_error, log_results, placeable
 from blockffn_compile.passes.view import Size, Value, ancestors
@@ -138,8 +139,8 @@ class BlockFFNGraphPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         self.results += rewrite(graph, verify=self.verify, dump_graph=self.dump_graph)
-        if self.linears and not any(map(_is_tangent, graph.nodes)):
-            linears.rewrite(graph)
+        if not any(map(_is_tangent, graph.nodes)):
+            linears.rewrite(graph, quantised_only=not self.linears)
 
     def uuid(self) -> bytes | None:
         """Identity in Inductor's caches.
@@ -214,16 +215,22 @@ class _LayerEmitter(Emitter):
         scores, *rest = (self.matrix(m, nodes[m.value]) for m in match.scores)
         for factor in (*rest, *([match.scale] if match.scale != 1 else [])):
             scores = self.call(aten.mul.Tensor, scores, factor)
+        weights = [nodes[w] for w in (match.w_up, match.w_down, match.w_gate) if w is not None]
+        scales: list[fx.Node] = []
+        # Groups of integers lie along the last axis: the kernels want that to be the summed one.
+        if (match.up_axes[-1], match.down_axes[-1]) == ("h", "s") and alike(weights):
+            weights, scales = stored(weights)
         y = self.call(
             torch.ops.blockffn.chunk_sparse_ffn.default,
             x,
             self.cast(scores, match.x.value.dtype),
-            nodes[match.w_up],
-            nodes[match.w_down],
+            weights[0],
+            weights[1],
             match.spec.act,
-            None if match.w_gate is None else nodes[match.w_gate],
+            None if match.w_gate is None else weights[2],
             match.up_axes,
             match.down_axes,
+            *scales,
         )
         output, perm = match.output.value, match.output.perm
         if len(output.shape) != 2:
@@ -293,19 +300,24 @@ def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
     """
     operands = list(dict.fromkeys(match.operands))
     output = match.output.value.source
-    wanted, stop = {output}, {value.source for value in operands}
+    given = [
+        node
+        for value in operands
+        for node in (value.source.all_input_nodes if is_quantised(value.source) else [value.source])
+    ]
+    wanted, stop = {output}, set(given)
     for node in reversed(graph.nodes):
         if node in wanted - stop and not isinstance(node.meta.get("val"), torch.SymInt):
             wanted.update(node.all_input_nodes)
 
     generator = torch.Generator().manual_seed(0)
-    scores = {m.value for m in match.scores}
+    scores = {m.value.source for m in match.scores}
     with unset_fake_temporarily(), torch.no_grad():
-        inputs = [_random(v.source.meta["val"], v in scores, generator) for v in operands]
+        inputs = [_random(node.meta["val"], node in scores, generator) for node in given]
         original = fx.Graph()
         copies: dict[fx.Node, Any] = {}
-        for value in operands:
-            copies[value.source] = original.placeholder(value.source.name)
+        for node in given:
+            copies[node] = original.placeholder(node.name)
         for node in graph.nodes:
             if node in wanted - stop:
                 number = node.meta.get("val")
@@ -317,10 +329,16 @@ def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
         original.output(copies[output])
 
         fused = fx.Graph()
-        nodes = {}
-        for value, tensor in zip(operands, inputs, strict=True):
-            nodes[value] = fused.placeholder(value.source.name)
-            nodes[value].meta["val"] = tensor
+        new: dict[fx.Node, fx.Node] = {}
+        for node, tensor in zip(given, inputs, strict=True):
+            new[node] = fused.placeholder(node.name)
+            new[node].meta["val"] = tensor
+        nodes = {
+            value: new[value.source]
+            if value.source in new
+            else fused.node_copy(value.source, new.__getitem__)
+            for value in operands
+        }
         fused.output(_LayerEmitter(fused, output).layer(match, nodes))
 
         root = graph.owning_module or torch.nn.Module()
@@ -334,6 +352,9 @@ def _verify(graph: fx.Graph, match: BlockFFNMatch) -> None:
 def _random(like: Tensor, scores: bool, generator: torch.Generator) -> Tensor:
     """A random tensor of the size of ``like``; half of the scores are zero."""
     size = [optimization_hint(n, fallback=8) for n in like.shape]
+    if not like.dtype.is_floating_point:
+        integers = torch.randint(0, 256, size, generator=generator)
+        return integers.to(torch.uint8).view(like.dtype).to(like.device)
     tensor = torch.randn(size, generator=generator)
     if scores:
         tensor = tensor.relu()

@@ -1,7 +1,8 @@
 """Linear layers of few tokens, rewritten to ``blockffn::linear``.
 
 Products that read the same tokens become one call.  The rewrite is asked for (option ``linears``
-of the backend) because the kernels keep a packed copy of each weight.
+of the backend) because the kernels keep a packed copy of each weight; where weights are quantised
+it is made unasked, and for any number of tokens.
 
 The kernels give a token the same bits whatever the token count.  So that the rest of the graph
 does too, values of low precision that are used more than once are rounded to it exactly once:
@@ -17,7 +18,9 @@ import torch
 from torch import fx
 
 from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.passes.aten import size_token
 from blockffn_compile.passes.emitter import Emitter
+from blockffn_compile.passes.quantised import is_quantised, quantisation, stored
 
 log = logging.getLogger("blockffn_compile")
 aten = torch.ops.aten
@@ -25,7 +28,7 @@ aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def rewrite(graph: fx.Graph) -> int:
+def rewrite(graph: fx.Graph, *, quantised_only: bool = False) -> int:
     """Replaces products ``x @ w.T`` with graph inputs ``w``, in place; returns how many.
 
     ``torch.ops.blockffn.linear`` must be registered (``import blockffn_compile.step_ops``).
@@ -33,21 +36,39 @@ def rewrite(graph: fx.Graph) -> int:
     Args:
         graph: ATen graph without gradients, with the (fake) tensor of every node in
             ``meta["val"]``.
+        quantised_only: leaves other weights alone.
     """
-    groups: dict[tuple[fx.Node, torch.Size], list[tuple[fx.Node, fx.Node]]] = {}
+    _split_biases(graph)
+    groups: dict[Any, list[tuple[fx.Node, fx.Node]]] = {}
     for node in graph.nodes:
-        if (weight := _weight(node)) is not None:
+        if (weight := _weight(node, quantised_only)) is not None:
             x: Any = node.args[0]
-            groups.setdefault((_base(x), x.meta["val"].shape), []).append((node, weight))
+            kind = quantisation(weight) if is_quantised(weight) else None
+            key = (_base(x), *map(size_token, x.meta["val"].shape), kind)
+            groups.setdefault(key, []).append((node, weight))
     for products in groups.values():
         _replace(graph, products)
     if groups:
         graph.eliminate_dead_code()
-        _round_shared(graph)
+        if not quantised_only:
+            _round_shared(graph)
         graph.lint()
     count = sum(map(len, groups.values()))
     log.info("%d linear layers rewritten to %d calls", count, len(groups))
     return count
+
+
+def _split_biases(graph: fx.Graph) -> None:
+    """``bias + x @ w.T`` as a product and a sum, where ``w`` is quantised."""
+    for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+        bias, x, transposed = node.args
+        weight = _transposed(transposed)
+        if not node.kwargs and weight is not None and is_quantised(weight):
+            new = Emitter(graph, node)
+            with graph.inserting_before(node):
+                product = new.call(aten.mm.default, x, transposed)
+                node.replace_all_uses_with(new.call(aten.add.Tensor, product, bias))
+            graph.erase_node(node)
 
 
 def _round_shared(graph: fx.Graph) -> None:
@@ -67,18 +88,27 @@ def _round_shared(graph: fx.Graph) -> None:
                 user.replace_input_with(node, rounded)
 
 
-def _weight(node: fx.Node) -> fx.Node | None:
-    """The weight [N, K] of a product with few tokens on a CPU, which must be a graph input."""
+def _weight(node: fx.Node, quantised_only: bool) -> fx.Node | None:
+    """The weight [N, K] of a product on a CPU: quantised, or a graph input and few tokens."""
     if node.target is not aten.mm.default:
         return None
     args: Any = node.args
     x, transposed = args
-    tokens = x.meta["val"].shape[0]
-    if not isinstance(tokens, int) or tokens > CHUNK_TOKENS or x.meta["val"].device.type != "cpu":
+    tokens, device = x.meta["val"].shape[0], x.meta["val"].device.type
+    if device != "cpu" or (weight := _transposed(transposed)) is None:
         return None
-    if transposed.target is aten.permute.default and list(transposed.args[1]) == [1, 0]:
-        weight = transposed.args[0]
-        return weight if weight.op == "placeholder" else None
+    if is_quantised(weight):
+        return weight
+    few = isinstance(tokens, int) and tokens <= CHUNK_TOKENS
+    return weight if few and weight.op == "placeholder" and not quantised_only else None
+
+
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """The matrix of which this is the transpose."""
+    args: Any = node.args
+    if node.target is aten.permute.default and list(args[1]) == [1, 0]:
+        matrix: fx.Node = args[0]
+        return matrix
     return None
 
 
@@ -94,7 +124,8 @@ def _replace(graph: fx.Graph, products: list[tuple[fx.Node, fx.Node]]) -> None:
     weights = [weight for _, weight in products]
     new = Emitter(graph, first)
     with graph.inserting_before(first):
-        joined = new.call(torch.ops.blockffn.linear.default, first.args[0], weights)
+        stores = stored(weights) if is_quantised(weights[0]) else (weights,)
+        joined = new.call(torch.ops.blockffn.linear.default, first.args[0], *stores)
         start = 0
         for product, weight in products:
             end = start + weight.meta["val"].shape[0]

@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from blockffn_compile.layer import Scheme
 from blockffn_compile.passes import onnx_contrib
-from blockffn_compile.passes.onnx_contrib import ContribEmitter, Quantization
+from blockffn_compile.passes.onnx_contrib import ContribEmitter
 from blockffn_compile.passes.onnx_emit import DTYPES, Emitter, opset
 from blockffn_compile.passes.onnx_function import MIN_OPSET, FunctionEmitter
 from blockffn_compile.passes.onnx_nested import nested
@@ -65,7 +66,7 @@ def rewrite(
     model: ir.Model,
     *,
     flavour: Flavour = "portable",
-    quantize: Quantization | None = None,
+    quantize: Scheme | None = None,
     verify: bool = False,
 ) -> list[Result]:
     """Replaces every BlockFFN layer of the main graph, in place.
@@ -119,7 +120,7 @@ def check_options(flavour: str, quantize: str | None) -> None:
     Raises:
         ValueError: the message names the option and what it may be.
     """
-    options = (("flavour", flavour, Flavour), ("quantize", quantize or "int8", Quantization))
+    options = (("flavour", flavour, Flavour), ("quantize", quantize or "int8", Scheme))
     for name, value, kind in options:
         if value not in get_args(kind):
             raise ValueError(f"{name} is {value!r}; choose {' or '.join(get_args(kind))}")

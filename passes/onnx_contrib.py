@@ -10,11 +10,12 @@ projection.  Both run the ``k`` experts of the highest scores, so ``k`` is the n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from blockffn_compile.layer import Scheme
 from blockffn_compile.passes.onnx_emit import Emitter, Weight, weights
 from blockffn_compile.passes.recognizer import BlockFFNMatch
 from blockffn_compile.passes.signs import column_signs
@@ -22,9 +23,8 @@ from blockffn_compile.passes.signs import column_signs
 DOMAIN, VERSION = "com.microsoft", 1
 OPERATORS = {(DOMAIN, "MoE"), (DOMAIN, "QMoE")}
 
-#: Types of the weights of ``QMoE``.  Each row of a projection has its own scale; with ``int4`` each
-#: ``BLOCK`` elements of it have, if H and S are multiples of that.  Activations are not quantised.
-Quantization = Literal["int8", "int4"]
+#: Each row of a projection of ``QMoE`` has its own scale; with ``int4`` so many elements of a row
+#: have, if H and S are multiples of that.  Activations are not quantised.
 BLOCK = 32
 
 #: Takes the place of zero in the logarithm: its share of the sum is nothing beside any score's.
@@ -34,7 +34,7 @@ _TINY = 1e-37
 class ContribEmitter(Emitter):
     """Replaces layers by ``MoE`` or, if weights are to be quantised, by ``QMoE``."""
 
-    def __init__(self, model: ir.Model, quantize: Quantization | None) -> None:
+    def __init__(self, model: ir.Model, quantize: Scheme | None) -> None:
         super().__init__(model)
         self.quantize = quantize
 

@@ -102,10 +102,14 @@ def rewrite(
     panels: NewParams = {}
     emits = {m.output.value.source: layer(m) for m in results if isinstance(m, BlockFFNMatch)}
     mod = _replace(mod, name, emits, kernels, panels)
-    groups = _products(_Function(mod[name], inputs)) if linears else []
-    emits = {var: emit for group in groups for var, emit in joined(group).items()}
+    groups = _products(_Function(mod[name], inputs), kernels) if linears else {}
+    emits = {
+        var: emit
+        for (*_, quantisation), group in groups.items()
+        for var, emit in joined(group, quantisation).items()
+    }
     mod = _replace(mod, name, emits, kernels, panels)
-    count = sum(map(len, groups))
+    count = sum(map(len, groups.values()))
     log.info("%s: %d linear layers rewritten to %d calls", name, count, len(groups))
     _drop_packed(mod, name, panels)
     return mod, Rewritten(tuple(results), count, {var.name: p for p, var in panels.items()})
@@ -189,8 +193,11 @@ def _find(function: _Function) -> list[Result]:
     return results
 
 
-def _products(function: _Function) -> list[list[Product]]:
-    """Linear layers that a kernel can run, those of the same tokens together."""
+def _products(function: _Function, kernels: Kernels) -> dict[tuple[Any, ...], list[Product]]:
+    """Linear layers that a kernel can run, those of the same tokens together.
+
+    The last part of a key says how to quantise their weights.
+    """
     groups: dict[tuple[Any, ...], list[Product]] = {}
     for value in function.values:
         found = _as_product(value) if value.op == "matmul" else None
@@ -200,9 +207,11 @@ def _products(function: _Function) -> list[list[Product]]:
             and found.x.source not in function.written
             and function.few(list(found.x.source.ty.shape.values)[:-1])
         ):
-            base = strip(found.x, frozenset({"reshape"}))
-            groups.setdefault((base, found.x.shape, found.weight.op), []).append(found)
-    return list(groups.values())
+            base, op = strip(found.x, frozenset({"reshape"})), found.weight.op
+            name = found.weight.source.name if op == "input" else ""
+            quantisation = kernels.quantisation(name, int(found.x.source.ty.shape.values[-1]))
+            groups.setdefault((base, found.x.shape, op, quantisation), []).append(found)
+    return groups
 
 
 def _as_product(value: Value) -> Product | None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import tvm
 from tvm import relax, tirx
 
-from blockffn_compile.layer import BlockFFNSpec
+from blockffn_compile.layer import BlockFFNSpec, Quantisation
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Matrix
 from blockffn_compile.passes.view import Value
 
@@ -44,6 +44,8 @@ class Panels:
         inputs: K.
         panel: P.
         dtype: element type.
+        quantisation: of the weights, which are integers then.
+        scales: whether these are their scales, for each group along K.
     """
 
     weights: tuple[Stored, ...]
@@ -51,20 +53,49 @@ class Panels:
     inputs: int
     panel: int
     dtype: str
+    quantisation: Quantisation | None = None
+    scales: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        outputs = sum(weight.outputs for weight in self.weights)
-        return self.experts, -(-outputs // self.panel), self.inputs, self.panel
+        outputs, rows = sum(weight.outputs for weight in self.weights), self.inputs
+        if self.quantisation is not None:
+            bits, group = self.quantisation
+            rows //= group if self.scales else 8 // bits
+        return self.experts, -(-outputs // self.panel), rows, self.panel
+
+    @property
+    def stored_dtype(self) -> str:
+        """Element type of the panels themselves."""
+        if self.quantisation is None:
+            return self.dtype
+        if self.scales:
+            return "bfloat16"
+        return "int8" if self.quantisation.bits == 8 else "uint8"
+
+    @property
+    def suffix(self) -> str:
+        """Of a name that says what they are."""
+        return ".scales" if self.scales else ".panels"
 
 
 class Kernels(Protocol):
-    """Makes the functions that the rewrite calls, and packs what they read."""
+    """Makes the functions that the rewrite calls, and packs what they read.
 
-    def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
+    Where weights are quantised, the scales of each follow it in the arguments.
+    """
+
+    def quantisation(self, weight: str, inputs: int) -> Quantisation | None:
+        """How to store a weight of this name and so many inputs; None as it is."""
+
+    def ffn(
+        self, spec: BlockFFNSpec, dtype: str, quantisation: Quantisation | None
+    ) -> tuple[tirx.PrimFunc, int, int]:
         """``f(x, scores, up, [gate,] down, y)`` and the widths of its up and down panels."""
 
-    def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
+    def linear(
+        self, inputs: int, outputs: int, dtype: str, quantisation: Quantisation | None
+    ) -> tuple[tirx.PrimFunc, int]:
         """``f(x, weight, y)`` and the width of its panels."""
 
     def pack(self, panels: Panels, weights: Sequence[tvm.runtime.Tensor]) -> tvm.runtime.Tensor:
@@ -165,20 +196,31 @@ class Rewriter(relax.PyExprMutator):
         result = relax.TensorType((rows, columns), args[0].ty.dtype)
         return self.builder_.emit(relax.call_tir(kernel, args, result))
 
-    def weights(self, panels: Panels, values: Sequence[Value]) -> relax.Expr:
-        """A constant, or a new parameter, that holds the panels of these values."""
+    def weights(self, panels: Panels, values: Sequence[Value]) -> list[relax.Expr]:
+        """Constants, or new parameters, that hold the panels of these values, and any scales."""
+        wanted = [panels]
+        if panels.quantisation is not None:
+            wanted.append(replace(panels, scales=True))
+        return [self._weights(each, values) for each in wanted]
+
+    def _weights(self, panels: Panels, values: Sequence[Value]) -> relax.Expr:
         if values[0].op == "constant":
             return relax.const(self.kernels.pack(panels, [v.source.value for v in values]))
         if panels not in self.panels:
-            name = "+".join(weight.name for weight in panels.weights) + ".panels"
+            name = "+".join(weight.name for weight in panels.weights) + panels.suffix
             taken = sum(var.name.startswith(name) for var in self.panels.values())
             name += str(taken or "")
-            self.panels[panels] = relax.Var(name, relax.TensorType(panels.shape, panels.dtype))
+            type_ = relax.TensorType(panels.shape, panels.stored_dtype)
+            self.panels[panels] = relax.Var(name, type_)
         return self.panels[panels]
 
 
+def _name(value: Value) -> str:
+    return value.source.name if value.op == "input" else ""
+
+
 def _stored(value: Value, axes: str, outputs: int) -> Stored:
-    return Stored(value.source.name if value.op == "input" else "", axes, outputs)
+    return Stored(_name(value), axes, outputs)
 
 
 def layer(match: BlockFFNMatch) -> Emit:
@@ -196,19 +238,25 @@ def layer(match: BlockFFNMatch) -> Emit:
         if match.scale != 1:
             scores = emit(op.multiply(scores, relax.const(match.scale, scores.ty.dtype)))
         scores = to.cast(scores, dtype)
-        function, up_panel, down_panel = to.kernels.ffn(spec, dtype)
+        ups = [w for w in (match.w_up, match.w_gate) if w is not None]
+        wanted = {to.kernels.quantisation(_name(w), spec.hidden_size) for w in ups}
+        wanted.add(to.kernels.quantisation(_name(match.w_down), spec.expert_size))
+        quantisation = wanted.pop() if len(wanted) == 1 else None
+        function, up_panel, down_panel = to.kernels.ffn(spec, dtype, quantisation)
 
-        def panels(weight: Value, axes: str, letters: str, panel: int) -> relax.Expr:
+        def panels(weight: Value, axes: str, letters: str, panel: int) -> list[relax.Expr]:
             outputs, inputs = spec.expert_size, spec.hidden_size
             if letters == "hs":
                 outputs, inputs = inputs, outputs
             axes = axes.translate(str.maketrans(letters, "nk"))
             stored = (_stored(weight, axes, outputs),)
-            return to.weights(Panels(stored, spec.num_experts, inputs, panel, dtype), [weight])
+            made = Panels(stored, spec.num_experts, inputs, panel, dtype, quantisation)
+            return to.weights(made, [weight])
 
-        ups = [w for w in (match.w_up, match.w_gate) if w is not None]
-        args = [x, scores, *(panels(w, match.up_axes, "sh", up_panel) for w in ups)]
-        args.append(panels(match.w_down, match.down_axes, "hs", down_panel))
+        args = [x, scores]
+        for weight in ups:
+            args += panels(weight, match.up_axes, "sh", up_panel)
+        args += panels(match.w_down, match.down_axes, "hs", down_panel)
         y = to.call(function, args, x.ty.shape.values[0], spec.hidden_size)
         output, perm = match.output.value, match.output.perm
         sizes = output.source.ty.shape.values
@@ -220,7 +268,7 @@ def layer(match: BlockFFNMatch) -> Emit:
     return emit
 
 
-def joined(products: Sequence[Product]) -> dict[relax.Var, Emit]:
+def joined(products: Sequence[Product], quantisation: Quantisation | None) -> dict[relax.Var, Emit]:
     """One call for products of the same tokens, at the place of the first."""
     x, dtype, result = products[0].x, products[0].x.dtype, list[relax.Var]()
     stored = [_stored(p.weight, p.axes, int(p.value.source.ty.shape.values[-1])) for p in products]
@@ -229,14 +277,15 @@ def joined(products: Sequence[Product]) -> dict[relax.Var, Emit]:
         if not result:
             *rows, inputs = x.source.ty.shape.values
             inputs, outputs = int(inputs), sum(weight.outputs for weight in stored)
-            function, panel = to.kernels.linear(inputs, outputs, dtype)
+            function, panel = to.kernels.linear(inputs, outputs, dtype, quantisation)
             panels = to.weights(
-                Panels(tuple(stored), 1, inputs, panel, dtype), [p.weight for p in products]
+                Panels(tuple(stored), 1, inputs, panel, dtype, quantisation),
+                [p.weight for p in products],
             )
             tokens = to.read(x)
             if len(rows) != 1:
                 tokens = to.builder_.emit(relax.op.reshape(tokens, (product(rows), inputs)))
-            result.append(to.call(function, [tokens, panels], product(rows), outputs))
+            result.append(to.call(function, [tokens, *panels], product(rows), outputs))
         return result[0]
 
     def part(index: int) -> Emit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -24,8 +24,12 @@ class Kernel(Protocol):
         up_axes: str,
         down_axes: str,
         out: Tensor,
+        scales: Sequence[Tensor] = (),
     ) -> None:
-        """Fills ``out`` [T, H] from x [T, H], scores [T, E] and weights with the given axes."""
+        """Fills ``out`` [T, H] from x [T, H], scores [T, E] and weights with the given axes.
+
+        Quantised weights come with the scales of up, down and, where there is one, gate.
+        """
         ...
 
 

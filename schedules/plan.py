@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from blockffn_compile.layer import CHUNK_TOKENS, Activation
+from blockffn_compile.layer import CHUNK_TOKENS, Activation, Quantisation
 
 Regime = Literal["decode", "chunk", "prefill"]
 
@@ -22,8 +22,9 @@ class Problem:
         expert_size: S.
         act: activation of the experts.
         gated: whether the experts have a gate.
-        dtype: of inputs, weights and result.
+        dtype: of inputs, result and, unless they are quantised, weights.
         device: ``torch.device.type``.
+        quantisation: of all weights, or None.
     """
 
     hidden_size: int
@@ -33,6 +34,7 @@ class Problem:
     gated: bool
     dtype: torch.dtype
     device: str
+    quantisation: Quantisation | None = None
 
 
 def regime(tokens: int) -> Regime:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from blockffn_compile.layer import Activation, experts_reference
 from blockffn_compile.schedules.packing import unfold
 from blockffn_compile.schedules.plan import Problem, Regime
+from blockffn_compile.schedules.quantisation import dequantised
 
 
 def dense(
@@ -18,8 +21,17 @@ def dense(
     act: Activation,
     up_axes: str,
     down_axes: str,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
-    """[T, H]; differentiable in every tensor.  Weights are stored with the given axes."""
+    """[T, H]; differentiable in every float tensor.  Weights are stored with the given axes.
+
+    ``scales`` are those of quantised weights: up, down and, where there is one, gate.
+    """
+    if scales:
+        w_up, w_down = (
+            dequantised(w, s, x.dtype) for w, s in zip((w_up, w_down), scales[:2], strict=True)
+        )
+        w_gate = None if w_gate is None else dequantised(w_gate, scales[2], x.dtype)
     sizes = axis_sizes(x, scores, w_up)
     up = unfold(w_up, up_axes, sizes, "esh")
     gate = None if w_gate is None else unfold(w_gate, up_axes, sizes, "esh")
@@ -44,7 +56,9 @@ def schedule(problem: Problem, regime: Regime):  # type: ignore[no-untyped-def]
         up_axes: str,
         down_axes: str,
         out: Tensor,
+        scales: Sequence[Tensor] = (),
     ) -> None:
-        out.copy_(dense(x, scores, w_up, w_down, w_gate, problem.act, up_axes, down_axes))
+        act = problem.act
+        out.copy_(dense(x, scores, w_up, w_down, w_gate, act, up_axes, down_axes, scales))
 
     return kernel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,70 +12,110 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blockffn_compile.ops  # noqa: F401  registers the operator
-from blockffn_compile.layer import experts_reference
+from blockffn_compile.layer import Activation, Quantisation, experts_reference
+from blockffn_compile.schedules.quantisation import dequantised, quantised
 
 OP = torch.ops.blockffn.chunk_sparse_ffn
 
 #: (H, E, S): panels that fit, that need padding, one expert, odd everything.
-SHAPES = {"even": (128, 8, 64), "odd": (52, 5, 24), "one expert": (48, 1, 32)}
+SHAPES = {
+    "even": (128, 8, 64),
+    "odd": (52, 5, 24),
+    "one expert": (48, 1, 32),
+    "threes": (96, 3, 32),
+}
+
+
+class Problem(NamedTuple):
+    shape: str
+    dtype: torch.dtype
+    act: Activation
+    gated: bool
+    quantisation: Quantisation | None = None
+
+
 #: Kernels take seconds to build the first time: every value of every axis, not every product.
-PROBLEMS = [
-    ("even", torch.float32, "silu", False),
-    ("even", torch.bfloat16, "silu", False),
-    ("even", torch.float16, "silu", True),
-    ("odd", torch.float32, "gelu", True),
-    ("odd", torch.bfloat16, "relu", False),
-    ("odd", torch.float16, "gelu", False),
-    ("one expert", torch.float32, "relu", True),
+PLAIN = [
+    Problem("even", torch.float32, "silu", False),
+    Problem("even", torch.bfloat16, "silu", False),
+    Problem("even", torch.float16, "silu", True),
+    Problem("odd", torch.float32, "gelu", True),
+    Problem("odd", torch.bfloat16, "relu", False),
+    Problem("odd", torch.float16, "gelu", False),
+    Problem("one expert", torch.float32, "relu", True),
 ]
+QUANTISED = [
+    Problem("even", torch.bfloat16, "silu", False, Quantisation(8, 32)),
+    Problem("even", torch.float32, "silu", True, Quantisation(4, 64)),
+    Problem("threes", torch.float16, "gelu", True, Quantisation(8, 32)),
+    Problem("threes", torch.bfloat16, "relu", False, Quantisation(4, 32)),
+]
+PROBLEMS = PLAIN + QUANTISED
 
 
 def problem_id(problem):
-    shape, dtype, act, gated = problem
-    return f"{shape}-{str(dtype).removeprefix('torch.')}-{act}{'-gated' if gated else ''}"
+    name = f"{problem.shape}-{str(problem.dtype).removeprefix('torch.')}-{problem.act}"
+    quantisation = problem.quantisation
+    kind = "" if quantisation is None else f"-int{quantisation.bits}-{quantisation.group}"
+    return f"{name}{'-gated' if problem.gated else ''}{kind}"
 
 
 problems = pytest.mark.parametrize("problem", PROBLEMS, ids=problem_id)
 
 
 def weights(problem, seed: int = 0) -> dict[str, Any]:
-    shape, dtype, _, gated = problem
-    h, e, s = SHAPES[shape]
+    h, e, s = SHAPES[problem.shape]
     g = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return (torch.randn(size, generator=g) * size[-1] ** -0.5).to(dtype)
+        return (torch.randn(size, generator=g) * size[-1] ** -0.5).to(problem.dtype)
 
-    return {
+    made: dict[str, Any] = {
         "w_up": normal(e, s, h),
         "w_down": normal(e, h, s),
-        "w_gate": normal(e, s, h) if gated else None,
+        "w_gate": normal(e, s, h) if problem.gated else None,
     }
+    if problem.quantisation is not None:
+        pairs = {
+            name: quantised(weight, problem.quantisation)
+            for name, weight in made.items()
+            if weight is not None
+        }
+        made |= {name: values for name, (values, _) in pairs.items()}
+        made |= {f"{name[2:]}_scales": scales for name, (_, scales) in pairs.items()}
+    return made
 
 
 def inputs(problem, tokens: int, density: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    shape, dtype, _, _ = problem
-    h, e, _ = SHAPES[shape]
+    dtype = problem.dtype
+    h, e, _ = SHAPES[problem.shape]
     g = torch.Generator().manual_seed(seed)
     active = torch.rand(tokens, e, generator=g) < density
     scores = torch.randn(tokens, e, generator=g) * active
     return torch.randn(tokens, h, generator=g).to(dtype), scores.to(dtype)
 
 
+def scales_of(w) -> list[Tensor]:
+    return [scales for name, scales in w.items() if name.endswith("scales")]
+
+
+def dense(problem, x: Tensor, scores: Tensor, w) -> Tensor:
+    """All experts in the dtype of x, in PyTorch."""
+    stored = [w[name] for name in ("w_up", "w_down", "w_gate") if w[name] is not None]
+    if problem.quantisation is None:
+        up, down, *gate = (weight.to(x.dtype) for weight in stored)
+    else:
+        pairs = zip(stored, scales_of(w), strict=True)
+        up, down, *gate = (dequantised(*pair, x.dtype) for pair in pairs)
+    return experts_reference(x, scores, up, down, problem.act, gate[0] if gate else None)
+
+
 def oracle(problem, x: Tensor, scores: Tensor, w) -> Tensor:
-    gate = w["w_gate"]
-    return experts_reference(
-        x.double(),
-        scores.double(),
-        w["w_up"].double(),
-        w["w_down"].double(),
-        problem[2],
-        None if gate is None else gate.double(),
-    )
+    return dense(problem, x.double(), scores.double(), w)
 
 
 def run(problem, x: Tensor, scores: Tensor, w) -> Tensor:
-    return OP(x, scores, w["w_up"], w["w_down"], problem[2], w["w_gate"])
+    return OP(x, scores, act=problem.act, **w)
 
 
 def error(y: Tensor, want: Tensor) -> float:
@@ -97,8 +137,7 @@ def test_error_is_within_eager(problem, tokens, density):
         assert y.dtype == x.dtype
         assert y.shape == x.shape
         ours.append(error(y, want))
-        dense = experts_reference(x, scores, w["w_up"], w["w_down"], problem[2], w["w_gate"])
-        eager.append(error(dense, want))
+        eager.append(error(dense(problem, x, scores, w), want))
     assert torch.tensor(ours).norm() <= 1.5 * torch.tensor(eager).norm()
 
 
@@ -113,7 +152,7 @@ def test_no_expert_is_active(problem, tokens):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_random_active_sets(problem, data):
-    _, e, _ = SHAPES[problem[0]]
+    _, e, _ = SHAPES[problem.shape]
     tokens = data.draw(st.integers(1, 70), label="tokens")
     row = st.integers(0, 2**e - 1)
     masks = data.draw(st.lists(row, min_size=tokens, max_size=tokens), label="masks")
@@ -158,7 +197,7 @@ def test_non_finite_values_stay_in_their_row(problem, value, where):
     y = run(problem, x, scores, w)
     assert not y[3].isfinite().all()
     if value != value or where != "scores":
-        assert y[3].isnan().any() or problem[2] == "relu"
+        assert y[3].isnan().any() or problem.act == "relu"
     if value != value:
         assert y[3].isnan().all()
     rest = torch.arange(7) != 3
@@ -166,12 +205,24 @@ def test_non_finite_values_stay_in_their_row(problem, value, where):
 
 
 def test_inf_in_a_skipped_expert_is_ignored():
-    problem = PROBLEMS[0]
+    problem = PLAIN[0]
     w = weights(problem)
     x, scores = inputs(problem, 3, 1.0)
     scores[:, 2] = 0
     clean = run(problem, x, scores, w)
     w["w_up"][2] = float("inf")
+    assert torch.equal(run(problem, x, scores, w), clean)
+
+
+@pytest.mark.parametrize("problem", QUANTISED, ids=problem_id)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_scales_of_a_skipped_expert_are_not_read(problem, tokens):
+    w = weights(problem)
+    x, scores = inputs(problem, tokens, 1.0)
+    scores[:, 2] = 0
+    clean = run(problem, x, scores, w)
+    for scales in scales_of(w):
+        scales[2] = torch.nan
     assert torch.equal(run(problem, x, scores, w), clean)
 
 
@@ -191,14 +242,14 @@ def test_extreme_magnitudes(problem):
 
 
 def test_no_tokens():
-    w = weights(PROBLEMS[0])
-    x, scores = inputs(PROBLEMS[0], 0, 1.0)
-    assert run(PROBLEMS[0], x, scores, w).shape == x.shape
+    w = weights(PLAIN[0])
+    x, scores = inputs(PLAIN[0], 0, 1.0)
+    assert run(PLAIN[0], x, scores, w).shape == x.shape
 
 
 @pytest.mark.parametrize("view", ["transposed", "sliced", "misaligned", "reversed rows"])
 def test_input_views(view):
-    problem = PROBLEMS[0]
+    problem = PLAIN[0]
     w = weights(problem)
     x, scores = inputs(problem, 8, 0.5)
     want = run(problem, x, scores, w)
@@ -221,7 +272,7 @@ DOWN_AXES = {"e,h,s": "ehs", "h,es": "hes", "es,h": "esh", "e,s,h": "esh"}
     ("up_axes", "down_axes"), list(itertools.product(UP_AXES, DOWN_AXES)), ids="-".join
 )
 def test_stored_layouts(up_axes, down_axes):
-    problem = PROBLEMS[0]
+    problem = PLAIN[0]
     w = weights(problem)
     x, scores = inputs(problem, 5, 0.5)
     want = run(problem, x, scores, w)
@@ -246,7 +297,7 @@ def test_stored_layouts(up_axes, down_axes):
 
 
 def test_weight_updates_are_seen():
-    problem = PROBLEMS[0]
+    problem = PLAIN[0]
     w = weights(problem)
     x, scores = inputs(problem, 3, 1.0)
     before = run(problem, x, scores, w)
@@ -257,19 +308,33 @@ def test_weight_updates_are_seen():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("problem", PROBLEMS[:2], ids=problem_id)
+@pytest.mark.parametrize("problem", [*PLAIN[:2], *QUANTISED[:2]], ids=problem_id)
 def test_opcheck(problem, requires_grad):
     w = weights(problem)
     x, scores = inputs(problem, 5, 0.5)
-    args = [t.requires_grad_(requires_grad) for t in (x, scores, w["w_up"], w["w_down"])]
-    torch.library.opcheck(OP.default, (*args, "silu"))
+    for tensor in (x, scores, w["w_up"], w["w_down"]):
+        if tensor.is_floating_point():
+            tensor.requires_grad_(requires_grad)
+    torch.library.opcheck(OP.default, (x, scores), {**w, "act": "silu"})
+
+
+@pytest.mark.parametrize("problem", QUANTISED, ids=problem_id)
+def test_gradients_pass_by_quantised_weights(problem):
+    w = weights(problem)
+    x, scores = (t.float().requires_grad_() for t in inputs(problem, 5, 0.5))
+    single = problem._replace(dtype=torch.float32)
+    got = torch.autograd.grad(run(single, x, scores, w).square().sum(), (x, scores))
+    exact = x.detach().double().requires_grad_(), scores.detach().double().requires_grad_()
+    want = torch.autograd.grad(oracle(single, *exact, w).square().sum(), exact)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_gradients_are_those_of_the_dense_form(gated):
-    problem = ("even", torch.float32, "silu", gated)
-    w = weights(("even", torch.float64, "silu", gated))
-    x, scores = inputs(("even", torch.float64, "silu", gated), 5, 0.5)
+    problem = Problem("even", torch.float64, "silu", gated)
+    w = weights(problem)
+    x, scores = inputs(problem, 5, 0.5)
     leaves = [t.requires_grad_() for t in (x, scores, *w.values()) if t is not None]
     want = torch.autograd.grad(oracle(problem, x, scores, w).square().sum(), leaves)
     single = [t.detach().float().requires_grad_() for t in leaves]
@@ -294,8 +359,30 @@ def test_gradients_are_those_of_the_dense_form(gated):
     ids=["tokens", "score dtype", "weight dtype", "rank", "activation", "axes", "down shape"],
 )
 def test_wrong_arguments(change, message):
-    w = weights(PROBLEMS[0])
-    x, scores = inputs(PROBLEMS[0], 3, 1.0)
+    w = weights(PLAIN[0])
+    x, scores = inputs(PLAIN[0], 3, 1.0)
+    arguments = {"x": x, "scores": scores, **w, "act": "silu"}
+    change(arguments)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        OP(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("down_scales"), "every weight must have its scales"),
+        (lambda a: a.update(w_up=a["w_up"].float()), "all be int8 or all be uint8"),
+        (lambda a: a.update(w_down=a["w_down"].view(torch.uint8)), "all be int8 or all be uint8"),
+        (lambda a: a.update(up_scales=a["up_scales"].float()), "scales must be bfloat16"),
+        (lambda a: a.update(down_scales=a["down_scales"][..., :1]), "groups of one size"),
+        (lambda a: a.update(up_axes="es,h"), "is not laid out as 'es,h'"),
+        (lambda a: [a.pop(f"{name}_scales") for name in ("up", "down")], "one dtype and device"),
+    ],
+    ids=["number", "float", "kinds", "scale dtype", "groups", "axes", "no scales"],
+)
+def test_wrong_quantised_arguments(change, message):
+    w = weights(QUANTISED[0])
+    x, scores = inputs(QUANTISED[0], 3, 1.0)
     arguments = {"x": x, "scores": scores, **w, "act": "silu"}
     change(arguments)
     with pytest.raises((RuntimeError, ValueError), match=message):

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import blockffn_compile.ops
 import blockffn_compile.step_ops  # noqa: F401  registers the operators
+from blockffn_compile.layer import Quantisation
 from blockffn_compile.schedules import tir
+from blockffn_compile.schedules.quantisation import dequantised, quantised
 from blockffn_compile.step_ops import _plain_attention
 
 LINEAR = torch.ops.blockffn.linear
@@ -130,6 +133,87 @@ def test_linear_without_kernels(monkeypatch):
     monkeypatch.setattr(tir, "linear_kernel", lambda *_: None)
     x, weights = product("three", 3, torch.float32)
     assert error(LINEAR(x, weights), exact(x, weights)) < 1e-6
+
+
+# --- Quantised linear -----------------------------------------------------------------------------
+
+ways = pytest.mark.parametrize(
+    "way", [Quantisation(8, 32), Quantisation(4, 64), Quantisation(4, 32)], ids=str
+)
+
+
+def quantised_product(
+    way: Quantisation, tokens: int, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """x, integers, scales, and the weights [N, K] in fp64 that they stand for."""
+    pairs = [quantised(normal(n, 192, seed=n), way) for n in (24, 1, 9, 70)]
+    values, scales = ([pair[i] for pair in pairs] for i in (0, 1))
+    weight = torch.cat([dequantised(*pair, torch.float64) for pair in pairs])
+    return normal(tokens, 192, dtype=dtype), values, scales, weight
+
+
+@dtypes
+@ways
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 64, 65, 200])
+def test_quantised_linear(way, tokens, dtype):
+    x, values, scales, weight = quantised_product(way, tokens, dtype)
+    y = LINEAR(x, values, scales)
+    assert y.dtype == dtype
+    assert y.shape == (tokens, 104)
+    if tokens:
+        assert error(y, x.double() @ weight.T) <= LIMITS[dtype]
+
+
+@dtypes
+@ways
+def test_quantised_rows_do_not_depend_on_company(way, dtype):
+    x, values, scales, _ = quantised_product(way, 130, dtype)
+    together = LINEAR(x, values, scales)
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(LINEAR(x[order], values, scales), together[order])
+    for size in (1, 2, 3, 4, 6, 7, 31):
+        for first in range(0, 130 - size, 26):
+            part = slice(first, first + size)
+            assert torch.equal(LINEAR(x[part], values, scales), together[part])
+
+
+@ways
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_quantised_linear_keeps_non_finite_values_in_their_row(way, value):
+    x, values, scales, _ = quantised_product(way, 7, torch.float32)
+    clean = LINEAR(x, values, scales)
+    x[3, 36] = value
+    y = LINEAR(x, values, scales)
+    assert not y[3].isfinite().any()
+    rest = torch.arange(7) != 3
+    assert torch.equal(y[rest], clean[rest])
+
+
+@ways
+def test_quantised_linear_without_kernels(way, monkeypatch):
+    monkeypatch.setattr(tir, "linear_kernel", lambda *_: None)
+    x, values, scales, weight = quantised_product(way, 3, torch.float32)
+    assert error(LINEAR(x, values, scales), x.double() @ weight.T) < 1e-6
+
+
+def test_opcheck_quantised_linear():
+    x, values, scales, _ = quantised_product(Quantisation(4, 32), 5, torch.float32)
+    torch.library.opcheck(LINEAR.default, (x, values, scales))
+    dequantize = torch.ops.blockffn.dequantize.default
+    torch.library.opcheck(dequantize, (values[0], scales[0], torch.bfloat16))
+
+
+def test_weights_that_are_quantised_in_several_ways():
+    x, values, scales, _ = quantised_product(Quantisation(8, 32), 5, torch.float32)
+    _, others, theirs, _ = quantised_product(Quantisation(4, 32), 5, torch.float32)
+    weights, both = [values[0], others[0]], [scales[0], theirs[0]]
+    with pytest.raises(RuntimeError, match="quantised in one way"):
+        LINEAR(
+            *(t.to("meta") for t in [x]), *([t.to("meta") for t in ts] for ts in (weights, both))
+        )
+
+
+# --- Shape rules ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ A bundle holds these files and needs no other:
     Every weight, at a multiple of 64 bytes from the start of the file, so that the file can be
     mapped to memory.  Tensors named ``padding.N`` are there for that.  A name that ends in
     ``.panels`` is for panels [E, ceil(N/P), K, P] (``schedules/packing.py``) of the weights named
-    before, joined by ``+``.
+    before, joined by ``+``.  Those of int8, and of uint8 with K/2 rows of four bits, are integers
+    (``schedules/quantisation.py``), and the tensor with the same name but ``.scales`` has what to
+    multiply them by: bfloat16 [E, ceil(N/P), K/group, P].
 ``tokenizer.json``
     For the ``tokenizers`` library, as in the checkpoint; absent where that had none.
 
@@ -85,8 +87,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64
 #: Element types of safetensors in the words of TVM, and their sizes.
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8", "U8": "uint8"}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 
 
 class Bundle(NamedTuple):

@@ -31,13 +31,15 @@ from blockffn_compile.aot.manifest import (
 )
 from blockffn_compile.aot.targets import Gpu, Target, get_target
 from blockffn_compile.aot.weights import Read, Weight, write
-from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.layer import CHUNK_TOKENS, Quantisation, Scheme
 from blockffn_compile.models.checkpoint import open_checkpoint
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM, RotaryEmbedding
 from blockffn_compile.passes.recognizer import Declined
 from blockffn_compile.passes.relax import rewrite
 from blockffn_compile.passes.relax_emit import Panels
+from blockffn_compile.quantisation import is_quantised
+from blockffn_compile.schedules.quantisation import EXACT, as_quantisation
 from blockffn_compile.schedules.tir import build as cpu
 from blockffn_compile.schedules.tir.cuda import compile as cuda
 
@@ -53,6 +55,8 @@ def build(
     out: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    quantize: Scheme | None = None,
+    group: int = 32,
     tokenizer: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
@@ -67,6 +71,9 @@ def build(
             ``cuda-sm87`` or ``cuda-sm90``.
         out: the directory to make; one that is there must be empty, or a bundle to replace.
         dtype: of weights and cache; default: as stored.
+        quantize: ``int8`` or ``int4``: stores linear layers and experts so, see
+            :func:`blockffn_compile.quantize`; for CPUs only.
+        group: weights to a scale, a multiple of 32.
         tokenizer: ``tokenizer.json`` to put in; default: the checkpoint's.
         progress: told how far it is.
 
@@ -74,15 +81,20 @@ def build(
         ``out``.
 
     Raises:
-        ValueError: the target is unknown, ``out`` holds something else, or the model has a form
-            that bundles do not support.
+        ValueError: the target is unknown, or takes no quantised weights; ``out`` holds something
+            else; the model has a form that bundles do not support, or is quantised itself.
         CheckpointError: the checkpoint cannot be read.
         RuntimeError: a compiler or the linker is missing, or failed.
     """
     kind, out = get_target(target), Path(out)
+    quantisation = None if quantize is None else as_quantisation(quantize, group)
+    if quantisation is not None and kind.gpu is not None:
+        raise ValueError(f"{target}: the kernels for GPUs take no quantised weights")
     if out.exists() and not (out.is_dir() and _replaceable(out)):
         raise ValueError(f"{out}: holds something else than a bundle; choose another directory")
     if isinstance(model, BlockFFNForCausalLM):
+        if is_quantised(model):
+            raise ValueError("the model is quantised; build from the original, with quantize=")
         config, read = model.config, model.state_dict().__getitem__
         stored = model.lm_head.weight.dtype
     else:
@@ -96,7 +108,7 @@ def build(
     with torch.device("meta"):  # its form is all that is needed
         form = BlockFFNForCausalLM(config).to(dtype).eval().requires_grad_(False)
     gpu = kind.gpu
-    kernels = CpuKernels(kind.registers) if gpu is None else CudaKernels(gpu.programs)
+    kernels = CpuKernels(kind.registers, quantisation) if gpu is None else CudaKernels(gpu.programs)
     mod, names = export(form, kernels)
     progress("rewriting", 0, 1)
     functions: dict[str, dict[str, Weight]] = {}
@@ -105,6 +117,8 @@ def build(
         for layer in done.layers:
             if isinstance(layer, Declined):
                 log.warning("%s runs every expert: %s", layer.name, layer.reason)
+        if quantisation is not None:
+            _say_what_stays(done.panels, names, quantisation)
         functions[name] = _weights(mod[name], names, done.panels)
         mod[name] = _with_arrays(mod[name], len(STEP_INPUTS) if name == "trunk" else 1)
     mod["move"] = _with_arrays(mod["move"], len(MOVE_INPUTS))
@@ -152,8 +166,19 @@ def _weights(
             weights[names[param.name]] = Weight(shape, dtype, (names[param.name],))
         else:
             sources = tuple(names[weight.name] for weight in made.weights)
-            weights["+".join(sources) + ".panels"] = Weight(shape, dtype, sources, made)
+            weights["+".join(sources) + made.suffix] = Weight(shape, dtype, sources, made)
     return weights
+
+
+def _say_what_stays(
+    panels: dict[str, Panels], names: dict[str, str], quantisation: Quantisation
+) -> None:
+    for made in panels.values():
+        for weight in made.weights:
+            name = names[weight.name]
+            if made.quantisation is None and not any(part in name for part in EXACT):
+                group = quantisation.group
+                log.warning("%s stays as it is: groups of %d do not divide it", name, group)
 
 
 def _with_arrays(function: relax.Function, inputs: int) -> relax.Function:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from tvm import tirx
 
-from blockffn_compile.layer import BlockFFNSpec
+from blockffn_compile.layer import BlockFFNSpec, Quantisation
 from blockffn_compile.passes import relax_emit
 from blockffn_compile.passes.relax_emit import Panels
 from blockffn_compile.schedules.packing import panel_width, to_panels, unfold
+from blockffn_compile.schedules.quantisation import EXACT, quantised
 from blockffn_compile.schedules.tir import attention, cache, cpu, linear, tile
 from blockffn_compile.schedules.tir.cuda import attention as cuda_attention
 from blockffn_compile.schedules.tir.cuda import cache as cuda_cache
@@ -39,7 +40,11 @@ class StepKernels(relax_emit.Kernels, Protocol):
 
 
 class _Packing:
-    """Panels of constants."""
+    """Panels of constants; weights as they are."""
+
+    def quantisation(self, weight: str, inputs: int) -> Quantisation | None:
+        """See :class:`~blockffn_compile.passes.relax.Kernels`."""
+        return None
 
     def pack(self, panels: Panels, weights: Sequence[tvm.runtime.Tensor]) -> tvm.runtime.Tensor:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
@@ -54,21 +59,34 @@ class CpuKernels(_Packing):
     store = staticmethod(cache.store_entries)
     move = staticmethod(cache.move_entries)
 
-    def __init__(self, registers: tile.Registers) -> None:
-        self.registers = registers
+    def __init__(self, registers: tile.Registers, quantisation: Quantisation | None = None) -> None:
+        self.registers, self._quantisation = registers, quantisation
 
-    def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
+    def quantisation(self, weight: str, inputs: int) -> Quantisation | None:
+        """As asked for; but routers, which decide what runs, stay as they are."""
+        asked = self._quantisation
+        fits = asked is not None and inputs % asked.group == 0
+        return asked if fits and not any(part in weight for part in EXACT) else None
+
+    def ffn(
+        self, spec: BlockFFNSpec, dtype: str, quantisation: Quantisation | None
+    ) -> tuple[tirx.PrimFunc, int, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
         hidden, experts, size = spec.hidden_size, spec.num_experts, spec.expert_size
         up, down = (panel_width(n, self.registers.widest) for n in (size, hidden))
         tiling = tile.Tiling(up, down, self.registers)
-        function = cpu.chunk_sparse_ffn(hidden, experts, size, dtype, spec.act, spec.gated, tiling)
+        function = cpu.chunk_sparse_ffn(
+            hidden, experts, size, dtype, spec.act, spec.gated, tiling, quantisation
+        )
         return function, up, down
 
-    def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
+    def linear(
+        self, inputs: int, outputs: int, dtype: str, quantisation: Quantisation | None
+    ) -> tuple[tirx.PrimFunc, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
-        panel = panel_width(outputs, self.registers.widest)
-        return linear.panel_linear(inputs, outputs, dtype, panel, self.registers), panel
+        panel, registers = panel_width(outputs, self.registers.widest), self.registers
+        function = linear.panel_linear(inputs, outputs, dtype, panel, registers, quantisation)
+        return function, panel
 
 
 class CudaKernels(_Packing):
@@ -81,7 +99,9 @@ class CudaKernels(_Packing):
     def __init__(self, programs: int) -> None:
         self.programs = programs
 
-    def ffn(self, spec: BlockFFNSpec, dtype: str) -> tuple[tirx.PrimFunc, int, int]:
+    def ffn(
+        self, spec: BlockFFNSpec, dtype: str, quantisation: Quantisation | None
+    ) -> tuple[tirx.PrimFunc, int, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
         hidden, experts, size = spec.hidden_size, spec.num_experts, spec.expert_size
         function = cuda_ffn.chunk_sparse_ffn(
@@ -89,7 +109,9 @@ class CudaKernels(_Packing):
         )
         return function, PANEL, PANEL
 
-    def linear(self, inputs: int, outputs: int, dtype: str) -> tuple[tirx.PrimFunc, int]:
+    def linear(
+        self, inputs: int, outputs: int, dtype: str, quantisation: Quantisation | None
+    ) -> tuple[tirx.PrimFunc, int]:
         """See :class:`~blockffn_compile.passes.relax.Kernels`."""
         return cuda_linear.panel_linear(inputs, outputs, dtype), PANEL
 
@@ -118,4 +140,7 @@ def parts(panels: Panels, weights: Sequence[Tensor], outputs: int = 1024) -> Ite
             for matrix in matrices:
                 rows.append(matrix[expert, max(start - first, 0) : max(start + step - first, 0)])
                 first += matrix.shape[1]
-            yield to_panels(torch.cat(rows).to(dtype)[None], panels.panel)
+            made = torch.cat(rows).to(dtype)
+            if panels.quantisation is not None:
+                made = quantised(made, panels.quantisation)[panels.scales]
+            yield to_panels(made[None], panels.panel)

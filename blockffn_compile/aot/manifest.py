@@ -36,7 +36,7 @@ class Manifest:
         cpu_features: that the CPU must have, in the words of ``/proc/cpuinfo``.
         compute_capability: of the NVIDIA GPU that runs it, such as ``8.7``; empty for the CPU.
         llvm: TVM's description of the CPU.
-        dtype: of features, logits, cache and, but for rotary tables, weights.
+        dtype: of features, logits, cache and, but for rotary tables and what is quantised, weights.
         vocab_size: V.
         hidden_size: H.
         max_length: longest text, prompt and new tokens together.

@@ -44,6 +44,20 @@ DrafterOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="EAGLE draft head; default: CKPT/drafter, if it is there."),
 ]
+
+
+class Quantize(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(help="Store linear layers and experts so; routers and embeddings stay."),
+]
+GroupOption = Annotated[
+    int, typer.Option(min=32, help="Weights to a scale where they are quantised, a multiple of 32.")
+]
 DTypeOption = Annotated[DType, typer.Option(help="Of the weights and the computation.")]
 
 
@@ -71,15 +85,21 @@ def checkpoint_path(checkpoint: Path | None) -> Path:
     return path
 
 
-def load_model(checkpoint: Path | None, dtype: DType = DType.stored) -> BlockFFNForCausalLM:
+def load_model(
+    checkpoint: Path | None,
+    dtype: DType = DType.stored,
+    quantize: Quantize | None = None,
+    group: int = 32,
+) -> BlockFFNForCausalLM:
     import torch
 
+    from blockffn_compile import quantisation
     from blockffn_compile.models.checkpoint import load_model
-    from blockffn_compile.models.config import CheckpointError
 
-    with reporting(CheckpointError):
+    with reporting(ValueError):  # CheckpointError is one
         wanted = None if dtype is DType.stored else getattr(torch, dtype)
-        return load_model(checkpoint_path(checkpoint), dtype=wanted)
+        model = load_model(checkpoint_path(checkpoint), dtype=wanted)
+        return quantisation.quantize(model, quantize.value, group) if quantize else model
 
 
 def load_tokenizer(checkpoint: Path | None) -> Tokenizer:

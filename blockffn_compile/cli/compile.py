@@ -12,6 +12,8 @@ from blockffn_compile.cli.common import (
     CheckpointArgument,
     DType,
     DTypeOption,
+    GroupOption,
+    QuantizeOption,
     checkpoint_path,
     reporting,
 )
@@ -34,6 +36,8 @@ def compile_bundle(
         TargetName, typer.Option(help="What it runs on; native is exactly this CPU.")
     ] = TargetName.native,
     dtype: DTypeOption = DType.stored,
+    quantize: QuantizeOption = None,
+    group: GroupOption = 32,
 ) -> None:
     """Compile a checkpoint with TVM to a bundle: native code, packed weights, tokenizer.
 
@@ -48,6 +52,8 @@ def compile_bundle(
     - `blockffn compile -o bundle`
 
     - `blockffn compile path/to/checkpoint --target arm64 --dtype bfloat16 -o bundle`
+
+    - `blockffn compile path/to/checkpoint --target arm64 --quantize int4 -o bundle`
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -66,6 +72,8 @@ def compile_bundle(
                 target,
                 out,
                 dtype=None if dtype is DType.stored else getattr(torch, dtype),
+                quantize=quantize.value if quantize else None,
+                group=group,
                 progress=lambda stage, done, total: bar.update(
                     task, description=stage, completed=done, total=total if done else None
                 ),

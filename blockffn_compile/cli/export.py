@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from blockffn_compile.cli.common import CheckpointArgument, load_model, reporting, show_report
+from blockffn_compile.cli.common import (
+    CheckpointArgument,
+    Quantize,
+    load_model,
+    reporting,
+    show_report,
+)
 
 
 class Flavour(StrEnum):
@@ -17,12 +23,7 @@ class Flavour(StrEnum):
     dense = "dense"
 
 
-class Quantize(StrEnum):
-    int8 = "int8"
-    int4 = "int4"
-
-
-QuantizeOption = Annotated[
+ExpertsQuantizeOption = Annotated[
     Quantize | None,
     typer.Option(help="Type of the experts' weights, for contrib; the table says what it costs."),
 ]
@@ -43,7 +44,7 @@ def export(
             "or standard operators alone."
         ),
     ] = Flavour.portable,
-    quantize: QuantizeOption = None,
+    quantize: ExpertsQuantizeOption = None,
     dtype: Annotated[
         ExportDType, typer.Option(help="Of the weights and the computation.")
     ] = ExportDType.float32,

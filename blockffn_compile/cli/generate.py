@@ -16,8 +16,10 @@ from blockffn_compile.cli.common import (
     DrafterOption,
     DType,
     DTypeOption,
+    GroupOption,
     NewTokensOption,
     PromptOption,
+    QuantizeOption,
     encode_prompt,
     fail,
     load_head,
@@ -56,6 +58,8 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k best.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     dtype: DTypeOption = DType.stored,
+    quantize: QuantizeOption = None,
+    group: GroupOption = 32,
 ) -> None:
     """Continue a prompt; the text streams as tokens come.
 
@@ -71,13 +75,15 @@ def generate(
     - `blockffn generate -p "class Stack:" -n 64 --temperature 0.8 --top-k 40 --seed 1`
 
     - `blockffn generate path/to/checkpoint -p "def main(" --backend inductor`
+
+    - `blockffn generate path/to/checkpoint -p "def main(" --quantize int8`
     """
     from rich.console import Console
 
     status = Console(stderr=True)
     if backend is not Backend.blockffn and (speculate is not Speculate.off or stop):
         fail("--speculate and --stop need --backend blockffn")
-    model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint)
+    model, tokenizer = load_model(checkpoint, dtype, quantize, group), load_tokenizer(checkpoint)
     tokens = encode_prompt(tokenizer, model.config.max_position_embeddings - 1, prompt)
     if backend is Backend.blockffn:
         from blockffn_compile.speculative.generator import stop_at

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from blockffn_compile.cli.common import reporting, show_report
-from blockffn_compile.cli.export import QuantizeOption
+from blockffn_compile.cli.export import ExpertsQuantizeOption
 
 
 class Flavour(StrEnum):
@@ -26,7 +26,7 @@ def rewrite(
             help="To an operator that any runtime can run, or to ONNX Runtime's own, MoE and QMoE."
         ),
     ] = Flavour.portable,
-    quantize: QuantizeOption = None,
+    quantize: ExpertsQuantizeOption = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both sides of every rewrite and compare.")
     ] = False,

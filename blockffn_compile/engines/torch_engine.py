@@ -61,7 +61,7 @@ class TorchEngine:
         Raises:
             ValueError: ``max_length`` is not within the model's context.
         """
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, model.model.embed_tokens.weight
         self.model, self.rows = model, rows
         self.max_length = text_length(max_length, config.max_position_embeddings)
         self.vocab_size = config.vocab_size
@@ -102,7 +102,7 @@ class TorchEngine:
         for stored in (*self.cache.keys, *self.cache.values):
             # Prefill multiplies hidden slots by zero: a NaN of an earlier text would survive that.
             stored[row, :, len(tokens) :] = 0
-        device = self.model.lm_head.weight.device
+        device = self.model.model.embed_tokens.weight.device
         run = torch.tensor(list(tokens), device=device)
         positions = torch.arange(len(run), device=device)
         if len(run) > 1:  # one token is a graph of its own
@@ -123,7 +123,7 @@ class TorchEngine:
             values.extend(values[:1] * padding)
         table = torch.tensor(inputs, pin_memory=self._gpu)
         if bucket not in self._steps:
-            example = table.to(self.model.lm_head.weight.device)
+            example = table.to(self.model.model.embed_tokens.weight.device)
             step = compile_once(_step, (self.model, self.cache), example)
             self._steps[bucket] = capture(step, [example]) if self._gpu else step
         logits, features = self._steps[bucket](table)
@@ -147,7 +147,7 @@ class TorchEngine:
         """The same as one CUDA graph, of as many moves as a tree can need: some are done twice."""
         table = [[*values, *values[-1:] * (BUCKETS[-1] - len(values))] for values in places]
         if self._move is None:
-            example = torch.tensor(table, device=self.model.lm_head.weight.device)
+            example = torch.tensor(table, device=self.model.model.embed_tokens.weight.device)
             move = functools.partial(_move, self.cache)
             move(example)
             self._move = capture(move, [example])

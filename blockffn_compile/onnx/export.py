@@ -37,11 +37,12 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.export import Dim
 
+from blockffn_compile.layer import Scheme
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.onnx.files import Progress, save
 from blockffn_compile.passes import onnx as passes
-from blockffn_compile.passes.onnx_contrib import Quantization
+from blockffn_compile.quantisation import is_quantised
 from blockffn_compile.report import Report, report
 
 #: ``portable``: sparse layers as nodes with a function body, which any runtime can run and for
@@ -66,7 +67,7 @@ def export(
     path: str | Path,
     *,
     flavour: Flavour = "portable",
-    quantize: Quantization | None = None,
+    quantize: Scheme | None = None,
     dtype: torch.dtype | None = None,
     with_past: bool = True,
     progress: Progress = lambda done, total: None,
@@ -87,7 +88,8 @@ def export(
         What became of each layer; no entries for ``dense``.
 
     Raises:
-        ValueError: an unknown flavour or type of weights, or an unsupported dtype.
+        ValueError: an unknown flavour or type of weights, an unsupported dtype, or a model that
+            is quantised itself.
         ModelError: the file cannot be written.
     """
     if flavour not in get_args(Flavour):
@@ -96,6 +98,11 @@ def export(
         passes.check_options(flavour, quantize)
     elif quantize:
         raise ValueError("flavour 'dense' has no quantised weights; choose 'contrib'")
+    if is_quantised(model):
+        raise ValueError(
+            "the model is quantised, which no operator of ours in ONNX is; export the original, "
+            "with flavour='contrib' and quantize= for weights of small integers"
+        )
     dtype = dtype or model.lm_head.weight.dtype
     if dtype not in DTYPES:
         raise ValueError(

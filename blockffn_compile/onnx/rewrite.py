@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blockffn_compile.layer import Scheme
 from blockffn_compile.onnx.files import ModelError, Progress, load, save
 from blockffn_compile.passes import onnx as passes
 from blockffn_compile.passes.onnx import Flavour
-from blockffn_compile.passes.onnx_contrib import Quantization
 from blockffn_compile.report import Report, report
 
 
@@ -16,7 +16,7 @@ def rewrite(
     out: str | Path,
     *,
     flavour: Flavour = "portable",
-    quantize: Quantization | None = None,
+    quantize: Scheme | None = None,
     verify: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Report:

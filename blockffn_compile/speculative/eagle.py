@@ -88,7 +88,7 @@ class EagleModel:
 
     def new_cache(self) -> StaticCache:
         """A cache for one text."""
-        weight = self.target.lm_head.weight
+        weight = self.target.model.embed_tokens.weight
         return StaticCache(self.head.config, 1, self.max_length, weight.dtype, weight.device)
 
     @torch.no_grad()

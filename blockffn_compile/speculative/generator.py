@@ -84,8 +84,9 @@ class Generator:
             tick(bucket)
         self._cost = {1: 1.0}
         if self._makers:
-            weight = model.lm_head.weight
-            shape = (model.config, weight.dtype, rows, self.engine.max_length)
+            weight = model.model.embed_tokens.weight
+            size = sum(parameter.nbytes for parameter in model.parameters())
+            shape = (model.config, weight.dtype, size, rows, self.engine.max_length)
             self._cost = cost.recall(self.engine, weight.device, str(shape))
         self._draft_ms = [0.0] * len(self._makers)
         if eagle is not None:

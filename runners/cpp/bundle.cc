@@ -229,7 +229,7 @@ struct Mapped {
 std::map<std::string, ffi::Tensor> tensors(const fs::path& file,
                                            const std::shared_ptr<Mapping>& mapping) {
   const std::map<std::string, const char*> dtypes = {
-      {"F32", "float32"}, {"BF16", "bfloat16"}, {"F16", "float16"}};
+      {"F32", "float32"}, {"BF16", "bfloat16"}, {"F16", "float16"}, {"I8", "int8"}, {"U8", "uint8"}};
   uint64_t length = 0;  // of the header, 8 bytes, little-endian
   if (mapping->size() >= 8) std::memcpy(&length, mapping->data(), 8);
   if (mapping->size() < 8 || length > std::min(LARGEST_HEADER, mapping->size() - 8)) {

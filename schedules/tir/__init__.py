@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.layer import CHUNK_TOKENS, Quantisation
 from blockffn_compile.schedules.packing import PANELS, panel_width
 from blockffn_compile.schedules.plan import Problem, Regime
 
@@ -54,7 +55,9 @@ def _kernel(problem: Problem) -> CpuKernel:
 
 
 @functools.cache
-def linear_kernel(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Any, int] | None:
+def linear_kernel(
+    inputs: int, outputs: int, dtype: torch.dtype, quantisation: Quantisation | None = None
+) -> tuple[Any, int] | None:
     """The function of ``tir/linear.py`` and its panel width, or None without kernels."""
     if dtype not in DTYPES or (host := _host()) is None:
         return None
@@ -63,7 +66,7 @@ def linear_kernel(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Any, i
 
     target, registers = host
     panel = panel_width(outputs, registers.widest)
-    function = panel_linear(inputs, outputs, DTYPES[dtype], panel, registers)
+    function = panel_linear(inputs, outputs, DTYPES[dtype], panel, registers, quantisation)
     return build.load(function, target), panel
 
 
@@ -100,6 +103,9 @@ class CpuKernel:
             "h": problem.hidden_size,
             "s": problem.expert_size,
         }
+        self.rows = (1, 1)  # how many rows of weights are one of their integers, and of scales
+        if problem.quantisation is not None:
+            self.rows = (8 // problem.quantisation.bits, problem.quantisation.group)
         self.function = build.load(
             cpu.chunk_sparse_ffn(
                 problem.hidden_size,
@@ -109,6 +115,7 @@ class CpuKernel:
                 problem.act,
                 problem.gated,
                 self.tiling,
+                problem.quantisation,
             ),
             target,
         )
@@ -123,12 +130,25 @@ class CpuKernel:
         up_axes: str,
         down_axes: str,
         out: Tensor,
+        scales: Sequence[Tensor] = (),
     ) -> None:
         up_panel, down_panel = self.tiling.up_panel, self.tiling.down_panel
-        weights = [PANELS.get(w_up, up_axes, self.sizes, "esh", up_panel)]
+        weights: list[Tensor] = []
+
+        def add(index: int, weight: Tensor, axes: str, order: str, panel: int) -> None:
+            if not scales:
+                weights.append(PANELS.get(weight, axes, self.sizes, order, panel))
+                return
+            for stored, rows in zip((weight, scales[index]), self.rows, strict=True):
+                # Integers that share a byte, and weights that share a scale, lie along the last,
+                # summed axis.
+                sizes = self.sizes | {order[2]: self.sizes[order[2]] // rows}
+                weights.append(PANELS.get(stored, axes, sizes, order, panel))
+
+        add(0, w_up, up_axes, "esh", up_panel)
         if w_gate is not None:
-            weights.append(PANELS.get(w_gate, up_axes, self.sizes, "esh", up_panel))
-        weights.append(PANELS.get(w_down, down_axes, self.sizes, "ehs", down_panel))
+            add(2, w_gate, up_axes, "esh", up_panel)
+        add(1, w_down, down_axes, "ehs", down_panel)
         if x.shape[0] <= self.chunk:
             self.function(aligned(x), aligned(scores), *weights, out)
             return

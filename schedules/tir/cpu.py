@@ -21,13 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from blockffn_compile.layer import Quantisation
 from blockffn_compile.schedules.tir.header import kernel
 from blockffn_compile.schedules.tir.tile import (
     ACTIVATIONS,
     LANES,
+    Panels,
     Tiling,
     add_products,
     at,
@@ -35,6 +37,7 @@ from blockffn_compile.schedules.tir.tile import (
     in_pairs,
     narrow,
     store_row,
+    weight_arguments,
     widen,
     widen_row,
 )
@@ -51,6 +54,7 @@ def chunk_sparse_ffn(
     act: str | None,
     gated: bool,
     tiling: Tiling,
+    quantisation: Quantisation | None = None,
 ) -> tirx.PrimFunc:
     """Builds ``f(x, scores, up, [gate,] down, y[, act])``.
 
@@ -63,9 +67,11 @@ def chunk_sparse_ffn(
             :data:`ACTIVATIONS`.
         gated: whether there is a gate.
         tiling: panels of the packed weights, and register use.
+        quantisation: of the weights; None has them in ``dtype``.
 
     Returns:
-        A function of x [n, H], scores [n, E], up and gate [E, S/P, H, P], down [E, H/P, S, P]
+        A function of x [n, H], scores [n, E], up and gate [E, S/P, H, P], down [E, H/P, S, P],
+        each followed by its scales where they are quantised (see :func:`tile.weight_arguments`),
         and the result y [n, H], for any n from 1.
     """
     h, e, s = (
@@ -75,7 +81,9 @@ def chunk_sparse_ffn(
     up_p, down_p = tiling.up_panel, tiling.down_panel
     up_panels, down_panels = (s + (up_p - 1)) // up_p, (h + (down_p - 1)) // down_p
     streams = tiling.registers.streams
-    dot_up, dot_down = (in_pairs(tiling.registers.dot, dtype, depth) for depth in (h, s))
+    dot_up, dot_down = (
+        quantisation is None and in_pairs(tiling.registers.dot, dtype, depth) for depth in (h, s)
+    )
     # 64 bytes more per row: rows a power of two apart would share one set of the L1 cache.
     pad = LANES
 
@@ -83,9 +91,10 @@ def chunk_sparse_ffn(
         n = tirx.Var("n", "int32")
         x = T.arg("x", T.buffer((n, h), dtype))
         scores = T.arg("scores", T.buffer((n, e), dtype))
-        up = T.arg("up", T.buffer((e, up_panels, h, up_p), dtype))
-        gate = T.arg("gate", T.buffer((e, up_panels, h, up_p), dtype)) if gated else None
-        down = T.arg("down", T.buffer((e, down_panels, s, down_p), dtype))
+        first_shape, down_shape = (e, up_panels, h, up_p), (e, down_panels, s, down_p)
+        up = weight_arguments("up", first_shape, dtype, quantisation)
+        gate = weight_arguments("gate", first_shape, dtype, quantisation) if gated else None
+        down = weight_arguments("down", down_shape, dtype, quantisation)
         y = T.arg("y", T.buffer((n, h), dtype))
         chosen = T.arg("act", T.int32()) if act is None else None
 
@@ -147,7 +156,7 @@ def chunk_sparse_ffn(
             then = (T.bind(active[following // groups]), T.bind(following % groups * streams))
             first, last = T.bind(offset[index]), T.bind(offset[index + 1])
 
-            def project(weights: Any, result: Any) -> None:
+            def project(weights: Panels, result: Any) -> None:
                 add_products(
                     weights,
                     here,
@@ -162,7 +171,7 @@ def chunk_sparse_ffn(
                 )
 
             project(up, mid)
-            if gated:
+            if gate is not None:
                 project(gate, gates)
 
             def activate(function: Callable[[Any], Any]) -> None:
@@ -186,8 +195,7 @@ def chunk_sparse_ffn(
                     with T.If(chosen == number), T.Then():
                         activate(function)
 
-        itemsize = DataType(dtype).itemsize
-        most = T.bind(T.max(SLICE_BYTES // (s * down_p * itemsize), 1))
+        most = T.bind(T.max(SLICE_BYTES // (s // down.rows * down.row_bytes), 1))
         with T.parallel((down_panels + (most - 1)) // most) as part:
             begin = T.bind(part * most)
             width = T.bind(T.min(most, down_panels - begin))

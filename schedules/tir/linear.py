@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.layer import CHUNK_TOKENS, Quantisation
 from blockffn_compile.schedules.tir.header import kernel
 from blockffn_compile.schedules.tir.tile import (
     LANES,
@@ -17,14 +17,20 @@ from blockffn_compile.schedules.tir.tile import (
     add_products,
     in_pairs,
     store_row,
+    weight_arguments,
     widen_row,
 )
 
 
 def panel_linear(
-    inputs: int, outputs: int, dtype: str, panel: int, registers: Registers
+    inputs: int,
+    outputs: int,
+    dtype: str,
+    panel: int,
+    registers: Registers,
+    quantisation: Quantisation | None = None,
 ) -> tirx.PrimFunc:
-    """Builds ``f(x, weight, y)``: ``y = x @ weight.T``.
+    """Builds ``f(x, weight, [scales,] y)``: ``y = x @ weight.T``.
 
     Args:
         inputs: K.
@@ -32,17 +38,19 @@ def panel_linear(
         dtype: of every argument: float32, bfloat16 or float16.
         panel: P, a multiple of 16.
         registers: what the target has.
+        quantisation: of the weight; None has it in ``dtype``.
 
     Returns:
-        A function of x [n, K], weight panels [1, N/P, K, P] and the result y [n, N], for
-        1 <= n <= CHUNK_TOKENS.
+        A function of x [n, K], weight panels [1, N/P, K, P], their scales where it is quantised
+        (see :func:`tile.weight_arguments`), and the result y [n, N], for 1 <= n <= CHUNK_TOKENS.
     """
-    panels, dot = -(-outputs // panel), in_pairs(registers.dot, dtype, inputs)
+    panels = -(-outputs // panel)
+    dot = quantisation is None and in_pairs(registers.dot, dtype, inputs)
     streams = registers.streams
     with kernel("panel_linear") as builder:
         n = tirx.Var("n", "int32")
         x = T.arg("x", T.buffer((n, inputs), dtype))
-        weight = T.arg("weight", T.buffer((1, panels, inputs, panel), dtype))
+        weight = weight_arguments("weight", (1, panels, inputs, panel), dtype, quantisation)
         y = T.arg("y", T.buffer((n, outputs), dtype))
         x32 = T.alloc_buffer((CHUNK_TOKENS, inputs + LANES), "float32")
         y32 = T.alloc_buffer((CHUNK_TOKENS, panels * panel + LANES), "float32")

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from tvm import DataType, tirx
 from tvm.tirx.script.builder import ir as T
 
+from blockffn_compile.layer import Quantisation
+
 LANES = 16
 #: Terms summed before they join the total: rounding grows with BLOCK + depth / BLOCK, not depth.
 BLOCK = 32
@@ -54,6 +56,67 @@ class Tiling:
     up_panel: int
     down_panel: int
     registers: Registers
+
+
+class Panels(NamedTuple):
+    """Packed weights as a kernel reads them: [E, N/P, K, P].
+
+    Attributes:
+        values: buffer of the kernel's floating-point type; of int8; or of uint8 with K/2 rows, each
+            of two: the lower four bits, signed, are those of the first.
+        scales: buffer bfloat16 [E, N/P, K/group, P] that integers are multiplied by.
+        group: rows to a scale, a multiple of :data:`BLOCK`.
+    """
+
+    values: Any
+    scales: Any = None
+    group: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return str(self.values.dtype)
+
+    @property
+    def rows(self) -> int:
+        """How many rows of weights a row of the buffer holds."""
+        return 2 if self.dtype == "uint8" else 1
+
+    @property
+    def depth(self) -> Any:
+        """K."""
+        return self.values.shape[2] * self.rows
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return int(self.values.shape[3])
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of the buffer."""
+        return self.width * DataType(self.dtype).itemsize
+
+
+def weight_arguments(
+    name: str, shape: Sequence[Any], dtype: str, quantisation: Quantisation | None
+) -> Panels:
+    """Adds the arguments ``name`` and, where it is quantised, ``name_scales`` to a function.
+
+    Args:
+        name: of the first.
+        shape: [E, N/P, K, P] of the weights.
+        dtype: theirs, unless they are quantised.
+        quantisation: of the weights.
+    """
+    if quantisation is None:
+        return Panels(T.arg(name, T.buffer(shape, dtype)))
+    *outer, depth, width = shape
+    bits, group = quantisation
+    values = (
+        T.buffer(shape, "int8") if bits == 8 else T.buffer((*outer, depth // 2, width), "uint8")
+    )
+    scales = T.buffer((*outer, depth // group, width), "bfloat16")
+    return Panels(T.arg(name, values), T.arg(f"{name}_scales", scales), group)
 
 
 def broadcast(value: Any) -> Any:
@@ -141,22 +204,22 @@ def at(column: Any) -> Any:
     return T.ramp(column, 1, LANES)
 
 
-def _ahead(weights: Any, here: Sequence[Any], then: Sequence[Any], k: Any) -> list[Any]:
-    """[expert, panel, k] of what is read ``PREFETCH_BYTES`` after row ``k`` of panel ``here``."""
-    depth, width = weights.shape[2], int(weights.shape[3])
-    row = T.bind(k + PREFETCH_BYTES // (width * DataType(str(weights.dtype)).itemsize))
-    beyond = T.bind(row >= depth)
-    places = zip((*then, row - depth), (*here, row), strict=True)
+def _ahead(panels: Panels, here: Sequence[Any], then: Sequence[Any], row: Any) -> list[Any]:
+    """[expert, panel, row] of what is read ``PREFETCH_BYTES`` after a row of panel ``here``."""
+    count = panels.values.shape[2]
+    row = T.bind(row + PREFETCH_BYTES // panels.row_bytes)
+    beyond = T.bind(row >= count)
+    places = zip((*then, row - count), (*here, row), strict=True)
     return [T.bind(T.Select(beyond, *place)) for place in places]
 
 
-def _prefetch(weights: Any, place: Sequence[Any], rows: int = 1) -> None:
-    """Fetches rows from ``place`` = [expert, panel, k] on into the L2 cache."""
-    *panel, k = place
-    width, itemsize = int(weights.shape[-1]), DataType(str(weights.dtype)).itemsize
-    for element in range(0, rows * width, CACHE_LINE_BYTES // itemsize):
-        row, lane = divmod(element, width)
-        address = T.address_of(weights[*panel, k + row, lane])
+def _prefetch(panels: Panels, place: Sequence[Any], rows: int = 1) -> None:
+    """Fetches rows of the buffer from ``place`` = [expert, panel, row] on into the L2 cache."""
+    *panel, first = place
+    itemsize = DataType(panels.dtype).itemsize
+    for element in range(0, rows * panels.width, CACHE_LINE_BYTES // itemsize):
+        row, lane = divmod(element, panels.width)
+        address = T.address_of(panels.values[*panel, first + row, lane])
         T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
 
@@ -182,38 +245,64 @@ def in_pairs(dot: bool, dtype: str, depth: Any) -> bool:
     return dot and dtype == "bfloat16" and isinstance(depth, int) and depth % 2 == 0
 
 
-def _add_each(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: list[Any]) -> None:
-    """Adds the products with row ``k`` of a panel, ``place`` = [expert, panel, k].
+def _load(panels: Panels, place: Sequence[Any]) -> list[Any]:
+    """16 weights of each row that a row of the buffer holds, in float32, without their scale.
+
+    Args:
+        panels: the weights.
+        place: [expert, panel, row, lanes].
+    """
+    vector = panels.values[*place]
+    if panels.dtype not in ("int8", "uint8"):
+        return [T.bind(widen(vector, panels.dtype))]
+    signed = T.cast(T.reinterpret(f"int8x{LANES}", vector), f"int32x{LANES}")
+    if panels.dtype == "int8":
+        return [T.bind(T.cast(signed, f"float32x{LANES}"))]
+    both = T.bind(signed)
+    upper = T.bind(both >> broadcast(T.int32(4)))
+    lower = (both << broadcast(T.int32(28))) >> broadcast(T.int32(28))
+    return [T.bind(T.cast(half, f"float32x{LANES}")) for half in (lower, upper)]
+
+
+def _add_each(
+    sums: Sequence[Any], inputs: Sequence[Any], panels: Panels, place: Sequence[Any]
+) -> None:
+    """Adds the products with a row of a panel's buffer, ``place`` = [expert, panel, row].
 
     Args:
         sums: a buffer float32 [P] for each token.
         inputs: (buffer float32, row) of each token.
-        weights: panels.
+        panels: the weights.
         place: of the row.
     """
-    vectors = range(0, int(weights.shape[-1]), LANES)
-    loaded = [T.bind(widen(weights[*place, at(v)], str(weights.dtype))) for v in vectors]
-    for (buffer, row), total in zip(inputs, sums, strict=True):
-        scalar = broadcast(buffer[row, place[-1]])
-        for v, vector in zip(vectors, loaded, strict=True):
-            T.buffer_store(total, T.fma(scalar, vector, total[at(v)]), [at(v)])
+    vectors = range(0, panels.width, LANES)
+    loaded = [_load(panels, [*place, at(v)]) for v in vectors]
+    for i in range(panels.rows):
+        k = place[-1] * panels.rows + i
+        for (buffer, row), total in zip(inputs, sums, strict=True):
+            scalar = broadcast(buffer[row, k])
+            for v, rows in zip(vectors, loaded, strict=True):
+                T.buffer_store(total, T.fma(scalar, rows[i], total[at(v)]), [at(v)])
 
 
-def _add_pair(sums: Sequence[Any], inputs: Sequence[Any], weights: Any, place: list[Any]) -> None:
+def _add_pair(
+    sums: Sequence[Any], inputs: Sequence[Any], panels: Panels, place: Sequence[Any]
+) -> None:
     """Adds the products with rows ``k`` and ``k + 1`` of a panel, ``place`` = [expert, panel, k].
 
     Args:
         sums: a buffer float32 [P] for each token.
         inputs: (buffer bfloat16, or its bits, row) of each token.
-        weights: panels.
+        panels: the weights, bfloat16.
         place: of the first of the two rows.
     """
     *panel, k = place
+    weights = panels.values
     shares = []
     for buffer, row in inputs:
         both = T.bind(T.reinterpret("uint32", buffer[row, T.ramp(k, 1, 2)]))
         shares.append(T.bind(T.reinterpret("uint16x8", T.broadcast(both, 4))))
-    for v in range(0, int(weights.shape[-1]), LANES):
+    for v in range(0, panels.width, LANES):
         rows = [
             T.bind(T.reinterpret(f"uint16x{LANES}", weights[*panel, k + i, at(v)])) for i in (0, 1)
         ]
@@ -234,9 +323,9 @@ class _Place(NamedTuple):
 
 
 def add_products(
-    weights: Any,
+    panels: Panels,
     here: tuple[Any, Any],
-    panels: Any,
+    number: Any,
     then: tuple[Any, Any],
     pairs: tuple[Any, Any],
     registers: Registers,
@@ -251,9 +340,9 @@ def add_products(
     ``registers.streams`` panels side by side, where registers hold all their sums.
 
     Args:
-        weights: panels [E, N/P, K, P] of ``dtype``.
+        panels: the weights.
         here: expert and first panel.
-        panels: how many from there on, 1 to ``registers.streams``.
+        number: of panels from there on, 1 to ``registers.streams``.
         then: expert and first panel of those that are read next, which prefetching goes on to.
         pairs: first and last + 1.
         registers: how many tokens and panels at a time.
@@ -262,11 +351,14 @@ def add_products(
         accumulate: add to what is in ``target``.
         dot: sum products in pairs; see :func:`in_pairs`.
     """
-    depth, width = weights.shape[2], int(weights.shape[3])
-    itemsize = DataType(str(weights.dtype)).itemsize
-    vectors, rows = range(0, width, LANES), 2 if dot else 1
+    depth, width = panels.depth, panels.width
+    vectors = range(0, width, LANES)
+    step_rows = 2 if dot else 1  # of the buffer
+    block_rows = BLOCK // panels.rows
     most, streams = registers.tokens, registers.streams
     few = most // streams
+    if panels.scales is not None:
+        few = max(few - 1, 1)  # integers on their way to float32 need registers too
 
     def add_block(
         places: Sequence[_Place], inputs: Sequence[Any], outputs: Sequence[Any], block: Any
@@ -277,19 +369,33 @@ def add_products(
             for v in vectors:
                 T.buffer_store(total, f32(0), [at(v)])
         # Hardware keeps up with several streams of whole cache lines (measured on Zen 3: 1.09x).
-        fetch = len(places) == 1 or width * itemsize % CACHE_LINE_BYTES
-        ahead = [_ahead(weights, *place, block * BLOCK) for place in places] if fetch else []
-        with T.serial(T.min(BLOCK // rows, depth // rows - block * (BLOCK // rows))) as step:
-            k = T.bind(block * BLOCK + step * rows)
-            for *panel, first in ahead:
-                _prefetch(weights, [*panel, first + step * rows], rows)
+        fetch = len(places) == 1 or panels.row_bytes % CACHE_LINE_BYTES
+        first = T.bind(block * block_rows)
+        ahead = [_ahead(panels, *place, first) for place in places] if fetch else []
+        # Rows of small integers are so short that many share a line.
+        if panels.scales is not None:
+            for start in ahead:
+                _prefetch(panels, start, block_rows)
+            ahead = []
+        steps = (panels.values.shape[2] - first) // step_rows
+        with T.serial(T.min(block_rows // step_rows, steps)) as step:
+            row = T.bind(first + step * step_rows)
+            for *panel, start in ahead:
+                _prefetch(panels, [*panel, start + step * step_rows], step_rows)
             for place, totals in zip(places, sums, strict=True):
-                (_add_pair if dot else _add_each)(totals, inputs, weights, [*place.here, k])
+                (_add_pair if dot else _add_each)(totals, inputs, panels, [*place.here, row])
         for place, totals in zip(places, sums, strict=True):
-            for (buffer, row), total in zip(outputs, totals, strict=True):
-                for v in vectors:
+            for v in vectors:
+                if panels.scales is not None:
+                    group = T.bind(block // (panels.group // BLOCK))
+                    scale = T.bind(widen(panels.scales[*place.here, group, at(v)], "bfloat16"))
+                for (buffer, row), total in zip(outputs, totals, strict=True):
                     cell = [row, at(place.here[1] * width + v)]
-                    T.buffer_store(buffer, buffer[*cell] + total[at(v)], cell)
+                    if panels.scales is None:
+                        value = buffer[*cell] + total[at(v)]
+                    else:
+                        value = T.fma(total[at(v)], scale, buffer[*cell])
+                    T.buffer_store(buffer, value, cell)
 
     def tile(places: Sequence[_Place], count: int, begin: Any, first: Any, last: Any) -> None:
         inputs = [source(begin + i) for i in range(count)]
@@ -299,37 +405,37 @@ def add_products(
 
     total = T.bind(pairs[1] - pairs[0])
     if not accumulate:
-        with T.serial(total) as i, T.serial(panels * (width // LANES)) as v:
+        with T.serial(total) as i, T.serial(number * (width // LANES)) as v:
             buffer, row = target(T.bind(pairs[0] + i))
             T.buffer_store(buffer, f32(0), [row, at(T.bind(here[1] * width + v * LANES))])
     blocks = (depth + (BLOCK - 1)) // BLOCK
 
-    def choose(number: Any, sizes: Sequence[int], run: Callable[[int], None]) -> None:
+    def choose(count: Any, sizes: Sequence[int], run: Callable[[int], None]) -> None:
         """Runs what is built for one of ``sizes``, or for the last one."""
         if len(sizes) == 1:
             run(sizes[0])
             return
-        with T.If(number == sizes[0]):
+        with T.If(count == sizes[0]):
             with T.Then():
                 run(sizes[0])
             with T.Else():
-                choose(number, sizes[1:], run)
+                choose(count, sizes[1:], run)
 
     def side_by_side() -> None:
         places = [_Place((here[0], here[1] + i), (then[0], then[1] + i)) for i in range(streams)]
         choose(total, range(1, few + 1), lambda size: tile(places, size, pairs[0], 0, blocks))
 
     def one_by_one() -> None:
-        together = max(CACHED_BYTES // (BLOCK * width * itemsize), 1)
+        together = max(CACHED_BYTES // (block_rows * panels.row_bytes), 1)
         # Tiles as even as can be.
         tiles = T.bind(T.max((total + (most - 1)) // most, 1))
         least, larger = T.bind(total // tiles), T.bind(total % tiles)
         with (
-            T.serial(panels) as i,
+            T.serial(number) as i,
             T.serial((blocks + (together - 1)) // together) as part,
             T.serial(tiles) as j,
         ):
-            panel, end = T.bind(here[1] + i), T.bind(i + 1 == panels)
+            panel, end = T.bind(here[1] + i), T.bind(i + 1 == number)
             following = zip(then, (here[0], panel + 1), strict=True)
             place = _Place(
                 (here[0], panel), tuple(T.bind(T.Select(end, *each)) for each in following)
@@ -347,7 +453,7 @@ def add_products(
         if streams == 1:
             one_by_one()
         else:
-            with T.If(tirx.all(total <= few, panels == streams)):
+            with T.If(tirx.all(total <= few, number == streams)):
                 with T.Then():
                     side_by_side()
                 with T.Else():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ def cuda_schedule(problem: Problem, regime: Regime) -> TritonKernel | None:
     """One kernel for decode and chunk, another for prefill."""
     if problem.device != "cuda":
         return None
-    if (reason := unsupported(problem.dtype)) is not None:
+    reason = unsupported(problem.dtype)
+    if reason is None and problem.quantisation is not None:
+        reason = "they do not take quantised weights"
+    if reason is not None:
         _warn(reason)
         return None
     return PrefillKernel(problem) if regime == "prefill" else ChunkKernel(problem)
@@ -108,8 +111,9 @@ class TritonKernel:
         up_axes: str,
         down_axes: str,
         out: Tensor,
+        scales: Sequence[Tensor] = (),
     ) -> None:
-        """See :class:`blockffn_compile.schedules.Kernel`."""
+        """See :class:`blockffn_compile.schedules.Kernel`; there are no ``scales``."""
         tensors = [x, scores, w_up, w_down, *([] if w_gate is None else [w_gate])]
         if x.shape[0] != scores.shape[0] or any(
             t.dtype != x.dtype or t.device != x.device for t in tensors

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from safetensors.torch import load_file
 from blockffn_compile.aot.bundle import ALIGNMENT
 from blockffn_compile.aot.compiler import build
 from blockffn_compile.aot.manifest import read_manifest
+from blockffn_compile.layer import Quantisation
 from blockffn_compile.models.checkpoint import save_model
+from blockffn_compile.schedules.quantisation import quantised
 from tests.conftest import make_config
+from tests.quantised import SIZES
 
 
 def test_weights_are_aligned_and_named(model, bundle):
@@ -95,6 +99,50 @@ def test_unknown_targets_and_models(make_model, model, tmp_path):
         build(model, "sparc", tmp_path / "out")
     with pytest.raises(ValueError, match="key heads of 8: bundles need a multiple of 16"):
         build(make_model(make_config("gqa")), "native", tmp_path / "out")
+
+
+def test_quantised_weights_have_scales(make_model, tmp_path, caplog):
+    model = make_model(make_config(**SIZES, tie_word_embeddings=False)).bfloat16()
+    out = build(model, "native", tmp_path / "out", quantize="int4")
+    tensors = load_file(out / "weights.safetensors")
+    for name, rows in (("model.layers.1.mlp.up_proj", 64), ("model.layers.1.mlp.down_proj", 32)):
+        values, scales = tensors[f"{name}.panels"], tensors[f"{name}.scales"]
+        experts, number, depth, width = scales.shape
+        assert values.shape == (experts, number, rows // 2, width)
+        assert (depth, values.dtype, scales.dtype) == (rows // 32, torch.uint8, torch.bfloat16)
+        wanted = quantised(model.get_parameter(name), Quantisation(4, 32))
+        for stored, want in zip((values, scales), wanted, strict=True):
+            rows_of = stored.transpose(2, 3).flatten(1, 2)[:, : want.shape[1]]
+            assert torch.equal(rows_of, want)
+    # Routers and what is not summed stay.
+    for name in ("model.layers.1.mlp.router_proj.weight.panels", "model.embed_tokens.weight"):
+        assert tensors[name].dtype == torch.bfloat16
+    assert tensors["lm_head.weight.panels"].dtype == torch.uint8
+    assert not [message for message in caplog.messages if "stays" in message]
+    weights = read_manifest(out).head_weights
+    assert weights == ["lm_head.weight.panels", "lm_head.weight.scales"]
+
+
+def test_what_groups_do_not_divide_stays(model, tmp_path, caplog):
+    """The experts of 16 have no group of 32, so their layers stay whole."""
+    out = build(model, "native", tmp_path / "out", quantize="int8")
+    tensors = load_file(out / "weights.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.panels"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.self_attn.o_proj.weight.panels"].dtype == torch.int8
+    stays = [message for message in caplog.messages if "stays as it is" in message]
+    assert len(stays) == 4
+    assert "model.layers.0.mlp.up_proj stays as it is: groups of 32 do not divide it" in stays
+
+
+def test_wrong_ways_to_quantise(model, tmp_path):
+    with pytest.raises(ValueError, match="cuda-sm87: the kernels for GPUs take no quantised"):
+        build(model, "cuda-sm87", tmp_path / "out", quantize="int8")
+    with pytest.raises(ValueError, match="group is 48; it must be a multiple of 32"):
+        build(model, "native", tmp_path / "out", quantize="int8", group=48)
+    wrong: Any = "int3"
+    with pytest.raises(ValueError, match="choose int8 or int4"):
+        build(model, "native", tmp_path / "out", quantize=wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_linker_that_is_missing(model, tmp_path, monkeypatch):

@@ -15,11 +15,14 @@ import torch
 from blockffn_compile.aot import build, load
 from blockffn_compile.engines.tvm_engine import TvmEngine
 from blockffn_compile.models import bundled_path
+from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.speculative.acceptance import accept
 from blockffn_compile.speculative.loop import decode
 from blockffn_compile.speculative.ngram import NGramDrafter
 from blockffn_compile.speculative.sampling import Sampler
 from tests.aot.running import EMULATOR, PROMPT, assert_refused, make_runner, new_tokens, run
+from tests.conftest import make_config
+from tests.quantised import SIZES
 
 TINY = [(11 * i * i + 5) % 300 for i in range(100)]  # more than one chunk
 
@@ -40,6 +43,12 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder / target
 
     return make
+
+
+@pytest.fixture(scope="module")
+def small(make_model: Callable[..., BlockFFNForCausalLM]) -> BlockFFNForCausalLM:
+    """A model that can be quantised."""
+    return make_model(make_config(**SIZES))
 
 
 def greedy(bundle: Path, prompt: Sequence[int], count: int) -> list[int]:
@@ -90,6 +99,17 @@ def test_half_precision_and_several_chunks(runner, model, bundle, tmp_path):
         expected = greedy(path, TINY, 20)
         for options in ([], ["--speculate"]):
             assert new_tokens(run([runner, path], TINY, "-n", "20", *options)) == expected
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_weights(runner, arm_runner, small, tmp_path, scheme):
+    """On this machine and, emulated, on Arm."""
+    dtype = torch.bfloat16 if scheme == "int8" else torch.float32
+    native = build(small, "native", tmp_path / "native", dtype=dtype, quantize=scheme)
+    expected = greedy(native, TINY, 20)
+    assert new_tokens(run([runner, native], TINY, "-n", "20", "--speculate")) == expected
+    arm = build(small, "arm64", tmp_path / "arm64", dtype=dtype, quantize=scheme)
+    assert new_tokens(run([*EMULATOR, arm_runner, arm], TINY, "-n", "20")) == expected
 
 
 def test_the_text_ends_where_the_context_does(runner, bundle):

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from blockffn_compile.cli.common import stream
 from blockffn_compile.generation import generate
 from blockffn_compile.models.checkpoint import load_model
+from blockffn_compile.quantisation import quantize
 
 PROMPT = "def add"
 
@@ -34,6 +35,17 @@ def test_sampling_options(blockffn, checkpoint) -> None:
 def test_runs_in_a_given_dtype(blockffn, checkpoint) -> None:
     options = ["generate", checkpoint, "-p", PROMPT, "-n", 2, "--backend", "eager"]
     assert blockffn(*options, "--dtype", "bfloat16").exit_code == 0
+
+
+def test_quantised(blockffn, refused, checkpoint) -> None:
+    options = ["generate", checkpoint, "-p", PROMPT, "-n", 8, "--backend", "eager"]
+    assert "group is 48" in refused(*options, "--quantize", "int8", "--group", 48)
+    result = blockffn(*options, "--quantize", "int8")
+    assert result.exit_code == 0, result.output
+    model = quantize(load_model(checkpoint), "int8")
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    new = list(generate(model, tokenizer.encode(PROMPT).ids, 8, backend="eager"))
+    assert result.stdout == PROMPT + "".join(stream(tokenizer, new)) + "\n"
 
 
 def test_streams_whole_characters(checkpoint) -> None:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import blockffn_compile.ops
 import blockffn_compile.step_ops  # noqa: F401  registers the operators
-from blockffn_compile.layer import CHUNK_TOKENS
+from blockffn_compile.layer import CHUNK_TOKENS, Quantisation
 from blockffn_compile.passes.linears import rewrite
+from blockffn_compile.schedules.quantisation import quantised
 from tests.passes.tracing import targets, trace
 
 aten = torch.ops.aten
@@ -46,13 +48,17 @@ class Forms(nn.Module):
         return (self.form(x, self.w, self.bias),)
 
 
+def products(gm: fx.GraphModule) -> int:
+    return sum(target in (aten.mm.default, aten.addmm.default) for target in targets(gm))
+
+
 def rewritten(module: nn.Module, x: Tensor, **kwargs) -> tuple[fx.GraphModule, int]:
     """The graph after the rewrite, checked against the module, and how many products went."""
     torch.manual_seed(0)
     gm, arguments = trace(module, x, **kwargs)
-    products = targets(gm).count(aten.mm.default)
+    before = products(gm)
     count = rewrite(gm.graph)
-    assert targets(gm).count(aten.mm.default) == products - count
+    assert products(gm) == before - count
     gm.recompile()
     limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[x.dtype]
     for got, want in zip(gm(*arguments), module(x), strict=True):
@@ -197,3 +203,95 @@ def test_graphs_without_products_are_not_rounded():
     gm, count = rewritten(form, torch.randn(3, K).bfloat16())
     assert count == 0
     assert targets(gm) == before
+
+
+# --- Quantised weights ----------------------------------------------------------------------------
+
+DEQUANTIZE = torch.ops.blockffn.dequantize.default
+
+
+class Stored(nn.Module):
+    """``x @ w.T`` of a quantised weight [outputs, 64]."""
+
+    def __init__(self, scheme: Quantisation, outputs: int = 16, bias: bool = False) -> None:
+        super().__init__()
+        self.values, self.scales = (
+            nn.Parameter(t, requires_grad=False)
+            for t in quantised(torch.randn(outputs, 64) / 8, scheme)
+        )
+        self.bias = nn.Parameter(torch.randn(outputs), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.ops.blockffn.dequantize(self.values, self.scales, x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+class Several(nn.Module):
+    """Products of one input."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+INT8, INT4 = Quantisation(8, 32), Quantisation(4, 32)
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK_TOKENS, CHUNK_TOKENS + 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
+def test_quantised_products_are_calls_for_any_number_of_tokens(scheme, dtype, tokens):
+    module = Several(Stored(scheme), Stored(scheme, 5))
+    gm, count = rewritten(module, torch.randn(tokens, 64).to(dtype))
+    assert count == 2
+    assert [name for name in targets(gm) if name in (LINEAR, DEQUANTIZE)] == [LINEAR]
+
+
+def test_quantised_products_of_a_symbolic_number_of_tokens():
+    gm, count = rewritten(Several(Stored(INT8)), torch.randn(100, 64), dynamic=True)
+    assert count == 1
+    assert DEQUANTIZE not in targets(gm)
+
+
+def test_weights_that_are_stored_in_other_ways_are_other_calls():
+    ways = (INT8, INT4, Quantisation(8, 64), INT8)
+    layers = [*(Stored(scheme) for scheme in ways), nn.Linear(64, 3, bias=False)]
+    gm, count = rewritten(Several(*layers).requires_grad_(False), torch.randn(3, 64))
+    assert count == 5
+    calls = [node for node in gm.graph.nodes if node.target is LINEAR]
+    assert sorted(len(node.args[1]) for node in calls) == [1, 1, 1, 2]
+
+
+def test_a_bias_is_added_to_a_quantised_product():
+    gm, count = rewritten(Several(Stored(INT4, bias=True)), torch.randn(3, 64))
+    assert count == 1
+    assert [t for t in targets(gm) if t in (LINEAR, aten.add.Tensor, aten.addmm.default)] == [
+        LINEAR,
+        aten.add.Tensor,
+    ]
+
+
+def test_only_quantised_products():
+    module = Several(Stored(INT8), nn.Linear(64, 3, bias=False)).requires_grad_(False)
+    gm, arguments = trace(module, torch.randn(3, 64))
+    assert rewrite(gm.graph, quantised_only=True) == 1
+    assert targets(gm).count(aten.mm.default) == 1
+    gm.recompile()
+    for got, want in zip(gm(*arguments), module(arguments[-1]), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_integers_that_are_computed_stay():
+    """They are no weight that a kernel could pack once."""
+
+    class Computed(Stored):
+        def forward(self, x: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+            weight = torch.ops.blockffn.dequantize(-self.values, self.scales, x.dtype)
+            return (F.linear(x, weight),)
+
+    gm, count = rewritten(Computed(INT8), torch.randn(3, 64))
+    assert count == 0
+    assert DEQUANTIZE in targets(gm)
