@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,12 @@ from blockffn_compile.models.checkpoint import save_model
 from blockffn_compile.models.config import BlockFFNConfig
 from blockffn_compile.models.modeling import BlockFFNForCausalLM
 from blockffn_compile.report import Report
+
+# How fast examples come says something of the machine alone, and the first text makes tables.
+hypothesis.settings.register_profile(
+    "project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    pass\n" * 4
