@@ -54,7 +54,8 @@ def rewrite(graph: fx.Graph, *, quantised_only: bool = False) -> int:
             _round_shared(graph)
         graph.lint()
     count = sum(map(len, groups.values()))
-    log.info("%d linear layers rewritten to %d calls", count, len(groups))
+    if groups or not quantised_only:
+        log.info("%d linear layers rewritten to %d calls", count, len(groups))
     return count
 
 
