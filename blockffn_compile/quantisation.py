@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from blockffn_compile import ops  # noqa: F401  registers the operators
+from blockffn_compile import ops, step_ops  # noqa: F401  register the operators
 from blockffn_compile.layer import BlockFFN, Quantisation, Scheme
 from blockffn_compile.schedules.quantisation import EXACT, as_quantisation, quantised
 
@@ -27,6 +27,8 @@ class Dequantize(nn.Module):
         self.quantisation, self.dtype = quantisation, dtype
 
     def forward(self, values: Tensor, scales: Tensor) -> Tensor:
+        if scales.dtype != torch.bfloat16:
+            raise ValueError(f"scales are {scales.dtype}; give the model its dtype, then quantise")
         weight: Tensor = torch.ops.blockffn.dequantize(values, scales, self.dtype)
         return weight
 
@@ -40,7 +42,8 @@ def quantize(model: Model, scheme: Scheme, group: int = 32, skip: Sequence[str] 
     A group of weights along the summed axis shares a scale.  The sums stay in floating point: the
     result is that of a model whose weights are the rounded ones.  Compiled with
     ``backend="blockffn"`` on a CPU, kernels read the integers; everywhere else the weights are
-    computed from them for each call, which is slow but the same.
+    computed from them for each call, which is slow but the same; so are they where gradients are
+    needed: run the model under ``torch.no_grad()``.  Inputs above 1e34 may overflow in the kernels.
 
     Args:
         model: for inference, in the dtype that it is to have; its weights finite.

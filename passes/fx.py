@@ -28,7 +28,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from blockffn_compile.passes import linears
 from blockffn_compile.passes.aten import METADATA_ASSERTION, lower, size_token
 from blockffn_compile.passes.emitter import Emitter
-from blockffn_compile.passes.quantised import alike, is_quantised, stored
+from blockffn_compile.passes.quantised import alike, is_quantised, quantisation, stored
 from blockffn_compile.passes.recognizer import BlockFFNMatch, Declined, Matrix, Result, recognise
 from blockffn_compile.passes.verification import SIZES, check_error, log_results, placeable
 from blockffn_compile.passes.view import Size, Value, ancestors
@@ -217,9 +217,13 @@ class _LayerEmitter(Emitter):
             scores = self.call(aten.mul.Tensor, scores, factor)
         weights = [nodes[w] for w in (match.w_up, match.w_down, match.w_gate) if w is not None]
         scales: list[fx.Node] = []
-        # Groups of integers lie along the last axis: the kernels want that to be the summed one.
+        # Groups of integers lie along the last axis: the kernels want that to be the summed one,
+        # and no group to reach from one expert to the next.
+        spec = match.spec
         if (match.up_axes[-1], match.down_axes[-1]) == ("h", "s") and alike(weights):
-            weights, scales = stored(weights)
+            _, group = quantisation(weights[0])
+            if spec.hidden_size % group == spec.expert_size % group == 0:
+                weights, scales = stored(weights)
         y = self.call(
             torch.ops.blockffn.chunk_sparse_ffn.default,
             x,

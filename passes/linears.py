@@ -99,7 +99,8 @@ def _weight(node: fx.Node, quantised_only: bool) -> fx.Node | None:
     if device != "cpu" or (weight := _transposed(transposed)) is None:
         return None
     if is_quantised(weight):
-        return weight
+        # What is joined goes to the place of the first: only inputs are certain to be there.
+        return weight if all(n.op == "placeholder" for n in weight.all_input_nodes) else None
     few = isinstance(tokens, int) and tokens <= CHUNK_TOKENS
     return weight if few and weight.op == "placeholder" and not quantised_only else None
 

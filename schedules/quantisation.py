@@ -42,6 +42,9 @@ def quantised(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tenso
 
     Returns:
         int8 [..., K] or uint8 [..., K/2], and the scales, bfloat16 [..., K/group].
+
+    Raises:
+        ValueError: a weight is not finite.
     """
     depth = weight.shape[-1]
     rows = weight.detach().reshape(-1, depth)
@@ -57,8 +60,10 @@ def _quantised(rows: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
     groups = rows.float().unflatten(-1, (-1, group))
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     # By a power of two, which changes no digit: squares neither overflow nor vanish.
-    largest, exponent = torch.frexp(largest)
-    groups = torch.ldexp(groups, -exponent.clamp_(min=-100))
+    if not torch.isfinite(largest).all():
+        raise ValueError("weights that are not finite cannot be quantised")
+    exponent = torch.frexp(largest).exponent.clamp_(min=-100)
+    groups, largest = torch.ldexp(groups, -exponent), torch.ldexp(largest, -exponent)
     if bits == 8:
         least, most, largest = -127, 127, largest.abs()
     else:

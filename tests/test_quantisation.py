@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config
 
 import blockffn_compile
 from blockffn_compile import ops, schedules
 from blockffn_compile.engines.torch_engine import TorchEngine
 from blockffn_compile.generation import generate
 from blockffn_compile.layer import BlockFFN, BlockFFNSpec
+from blockffn_compile.models.checkpoint import save_model
+from blockffn_compile.passes.fx import BlockFFNGraphPass
 from blockffn_compile.quantisation import is_quantised, quantize
 from blockffn_compile.schedules import reference
 from blockffn_compile.schedules.quantisation import dequantised
@@ -139,6 +142,10 @@ def test_quantised_models_are_not_converted(model, tmp_path):
         blockffn_compile.aot.build(model, "native", tmp_path / "bundle")
     with pytest.raises(ValueError, match="export the original"):
         blockffn_compile.onnx.export(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="save the original"):
+        save_model(model, tmp_path)
+    with pytest.raises(ValueError, match="give the model its dtype, then quantise"):
+        model.float().half()(torch.tensor([PROMPT]))
     assert not list(tmp_path.iterdir())
 
 
@@ -227,6 +234,38 @@ def test_weights_stored_along_another_axis_are_made_first():
     with torch.no_grad():
         fast = torch.compile(model, backend="blockffn")
         assert error(fast(x), model(x).double()) < 1e-6
+
+
+@pytest.mark.parametrize(("size", "group"), [(48, 32), (80, 64)])
+def test_groups_that_reach_into_the_next_expert_are_made_first(size, group):
+    """They divide all experts together, but not each."""
+
+    class Linears(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.up = nn.Linear(64, 4, bias=False), nn.Linear(64, 4 * size, bias=False)
+            self.down = nn.Linear(4 * size, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.router(x).relu()
+            mid = torch.nn.functional.silu(self.up(x)).unflatten(-1, (4, size))
+            return self.down((mid * scores[..., None]).flatten(-2))
+
+    torch.manual_seed(0)
+    model = quantize(Linears().requires_grad_(False), "int8", group)
+    x = torch.randn(9, 64)
+    report = blockffn_compile.explain(model, x)
+    assert [layer.status for layer in report.layers] == ["rewritten"]
+    with torch.no_grad():
+        fast = torch.compile(model, backend="blockffn")
+        assert error(fast(x), model(x).double()) < 1e-6
+
+
+def test_the_graph_pass_alone():
+    model = quantize(nn.Sequential(nn.Linear(64, 32)).requires_grad_(False), "int8")
+    x = torch.randn(3, 64)
+    with torch.no_grad(), config.patch(joint_custom_pre_pass=BlockFFNGraphPass()):
+        assert error(torch.compile(model)(x), model(x).double()) < 1e-6
 
 
 def test_training_graphs_take_the_plain_way(model):

@@ -142,5 +142,9 @@ def parts(panels: Panels, weights: Sequence[Tensor], outputs: int = 1024) -> Ite
                 first += matrix.shape[1]
             made = torch.cat(rows).to(dtype)
             if panels.quantisation is not None:
-                made = quantised(made, panels.quantisation)[panels.scales]
+                try:
+                    made = quantised(made, panels.quantisation)[panels.scales]
+                except ValueError as error:
+                    names = " or ".join(weight.name for weight in panels.weights)
+                    raise ValueError(f"{names}: {error}") from None
             yield to_panels(made[None], panels.panel)

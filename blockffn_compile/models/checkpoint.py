@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blockffn_compile.models.config import BlockFFNConfig, CheckpointError, read_json
 from blockffn_compile.models.modeling import BlockFFNForCausalLM, RotaryEmbedding
+from blockffn_compile.quantisation import is_quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -203,7 +204,12 @@ def save_model(
 
     Args:
         dtype: of the stored tensors; default: as they are.
+
+    Raises:
+        ValueError: the model is quantised.
     """
+    if is_quantised(model):
+        raise ValueError("the model is quantised; save the original, and quantise what is loaded")
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -139,6 +140,10 @@ def test_wrong_ways_to_quantise(model, tmp_path):
         build(model, "cuda-sm87", tmp_path / "out", quantize="int8")
     with pytest.raises(ValueError, match="group is 48; it must be a multiple of 32"):
         build(model, "native", tmp_path / "out", quantize="int8", group=48)
+    spoiled = copy.deepcopy(model)
+    spoiled.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="layers_1_self_attn_o_proj_weight: weights that are not"):
+        build(spoiled, "native", tmp_path / "out", quantize="int8")
     wrong: Any = "int3"
     with pytest.raises(ValueError, match="choose int8 or int4"):
         build(model, "native", tmp_path / "out", quantize=wrong)

@@ -90,7 +90,7 @@ def test_the_search_is_better_than_the_largest_weight_alone(monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, -3.0, 1e30])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-35, 1e-33, -3.0, 1e30])
 def test_equal_weights(bits, value):
     weight = torch.full((1, 32), value)
     made = dequantised(*quantised(weight, Quantisation(bits, 32)), torch.float32)
@@ -116,6 +116,15 @@ def test_one_large_weight_costs_its_own_group_only(bits):
     same[1, 32:64] = False
     assert torch.equal(made[same], clean[same])
     assert made[1, 40] == pytest.approx(1e4, rel=2**-7)
+
+
+@BOTH
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite(bits, value):
+    weight = torch.randn(2, 64)
+    weight[1, 40] = value
+    with pytest.raises(ValueError, match="not finite"):
+        quantised(weight, Quantisation(bits, 32))
 
 
 def test_pieces_make_the_whole(monkeypatch):
