@@ -98,6 +98,16 @@ class Quantisation(NamedTuple):
     bits: Literal[4, 8]
     group: int
 
+    @property
+    def per_byte(self) -> int:
+        """Weights in one integer as it is stored."""
+        return 8 // self.bits
+
+    @property
+    def dtype(self) -> str:
+        """Name of the integers' type as they are stored."""
+        return "int8" if self.bits == 8 else "uint8"
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis: variance in fp32, cast back to ``x.dtype``, then the weight."""

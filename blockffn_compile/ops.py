@@ -172,7 +172,7 @@ def _kernel(
 ) -> Kernel:
     """The selected kernel; looked up on every call, so keyed by what is cheap to read."""
     if quantisation is not None:
-        weight_size *= 8 // quantisation.bits
+        weight_size *= quantisation.per_byte
     size = weight_size // (hidden * experts)
     problem = Problem(hidden, experts, size, act, gated, dtype, device, quantisation)
     return select(problem, regime)

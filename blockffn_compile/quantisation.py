@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from blockffn_compile import ops, step_ops  # noqa: F401  register the operators
 from blockffn_compile.layer import BlockFFN, Quantisation, Scheme
-from blockffn_compile.schedules.quantisation import EXACT, as_quantisation, quantised
+from blockffn_compile.schedules.quantisation import EXACT, as_quantisation, quantised, stays
 
 log = logging.getLogger("blockffn_compile")
 
@@ -60,7 +60,7 @@ def quantize(model: Model, scheme: Scheme, group: int = 32, skip: Sequence[str] 
             there is nothing to quantise.
     """
     quantisation = as_quantisation(scheme, group)
-    places = [place for place in _places(model) if not any(part in place.name for part in skip)]
+    places = [place for place in _places(model) if not stays(place.name, skip)]
     for place in places:
         if parametrize.is_parametrized(place.module, place.attribute):
             raise ValueError(f"{place.name} is parametrised already; quantise a model once")

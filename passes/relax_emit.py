@@ -60,8 +60,7 @@ class Panels:
     def shape(self) -> tuple[int, int, int, int]:
         outputs, rows = sum(weight.outputs for weight in self.weights), self.inputs
         if self.quantisation is not None:
-            bits, group = self.quantisation
-            rows //= group if self.scales else 8 // bits
+            rows //= self.quantisation.group if self.scales else self.quantisation.per_byte
         return self.experts, -(-outputs // self.panel), rows, self.panel
 
     @property
@@ -69,9 +68,7 @@ class Panels:
         """Element type of the panels themselves."""
         if self.quantisation is None:
             return self.dtype
-        if self.scales:
-            return "bfloat16"
-        return "int8" if self.quantisation.bits == 8 else "uint8"
+        return "bfloat16" if self.scales else self.quantisation.dtype
 
     @property
     def suffix(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -11,6 +12,12 @@ from blockffn_compile.layer import Quantisation, Scheme
 
 #: Parts of the names of weights that stay as they are: routers decide which experts run.
 EXACT = ("router",)
+
+
+def stays(weight: str, parts: Sequence[str] = EXACT) -> bool:
+    """Whether a weight of this name is not to be quantised."""
+    return any(part in weight for part in parts)
+
 
 #: Shares of the largest weight of a group that are tried as the end of four bits: rounding a few
 #: large weights down may cost less than coarser steps for all (normal weights: 5.5 % less error).

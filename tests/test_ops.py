@@ -345,6 +345,15 @@ def test_gradients_are_those_of_the_dense_form(gated):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
+def assert_refused(problem, change, message: str) -> None:
+    """With good arguments that ``change`` spoils."""
+    x, scores = inputs(problem, 3, 1.0)
+    arguments = {"x": x, "scores": scores, **weights(problem), "act": "silu"}
+    change(arguments)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        OP(**arguments)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -359,12 +368,7 @@ def test_gradients_are_those_of_the_dense_form(gated):
     ids=["tokens", "score dtype", "weight dtype", "rank", "activation", "axes", "down shape"],
 )
 def test_wrong_arguments(change, message):
-    w = weights(PLAIN[0])
-    x, scores = inputs(PLAIN[0], 3, 1.0)
-    arguments = {"x": x, "scores": scores, **w, "act": "silu"}
-    change(arguments)
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        OP(**arguments)
+    assert_refused(PLAIN[0], change, message)
 
 
 @pytest.mark.parametrize(
@@ -381,9 +385,4 @@ def test_wrong_arguments(change, message):
     ids=["number", "float", "kinds", "scale dtype", "groups", "axes", "no scales"],
 )
 def test_wrong_quantised_arguments(change, message):
-    w = weights(QUANTISED[0])
-    x, scores = inputs(QUANTISED[0], 3, 1.0)
-    arguments = {"x": x, "scores": scores, **w, "act": "silu"}
-    change(arguments)
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        OP(**arguments)
+    assert_refused(QUANTISED[0], change, message)

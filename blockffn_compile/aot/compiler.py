@@ -39,7 +39,7 @@ from blockffn_compile.passes.recognizer import Declined
 from blockffn_compile.passes.relax import rewrite
 from blockffn_compile.passes.relax_emit import Panels
 from blockffn_compile.quantisation import is_quantised
-from blockffn_compile.schedules.quantisation import EXACT, as_quantisation
+from blockffn_compile.schedules.quantisation import as_quantisation, stays
 from blockffn_compile.schedules.tir import build as cpu
 from blockffn_compile.schedules.tir.cuda import compile as cuda
 
@@ -176,7 +176,7 @@ def _say_what_stays(
     for made in panels.values():
         for weight in made.weights:
             name = names[weight.name]
-            if made.quantisation is None and not any(part in name for part in EXACT):
+            if made.quantisation is None and not stays(name):
                 group = quantisation.group
                 log.warning("%s stays as it is: groups of %d do not divide it", name, group)
 

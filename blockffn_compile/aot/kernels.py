@@ -15,7 +15,7 @@ from blockffn_compile.layer import BlockFFNSpec, Quantisation
 from blockffn_compile.passes import relax_emit
 from blockffn_compile.passes.relax_emit import Panels
 from blockffn_compile.schedules.packing import panel_width, to_panels, unfold
-from blockffn_compile.schedules.quantisation import EXACT, quantised
+from blockffn_compile.schedules.quantisation import quantised, stays
 from blockffn_compile.schedules.tir import attention, cache, cpu, linear, tile
 from blockffn_compile.schedules.tir.cuda import attention as cuda_attention
 from blockffn_compile.schedules.tir.cuda import cache as cuda_cache
@@ -66,7 +66,7 @@ class CpuKernels(_Packing):
         """As asked for; but routers, which decide what runs, stay as they are."""
         asked = self._quantisation
         fits = asked is not None and inputs % asked.group == 0
-        return asked if fits and not any(part in weight for part in EXACT) else None
+        return asked if fits and not stays(weight) else None
 
     def ffn(
         self, spec: BlockFFNSpec, dtype: str, quantisation: Quantisation | None

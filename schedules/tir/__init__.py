@@ -105,7 +105,7 @@ class CpuKernel:
         }
         self.rows = (1, 1)  # how many rows of weights are one of their integers, and of scales
         if problem.quantisation is not None:
-            self.rows = (8 // problem.quantisation.bits, problem.quantisation.group)
+            self.rows = (problem.quantisation.per_byte, problem.quantisation.group)
         self.function = build.load(
             cpu.chunk_sparse_ffn(
                 problem.hidden_size,

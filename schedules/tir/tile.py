@@ -111,10 +111,8 @@ def weight_arguments(
     if quantisation is None:
         return Panels(T.arg(name, T.buffer(shape, dtype)))
     *outer, depth, width = shape
-    bits, group = quantisation
-    values = (
-        T.buffer(shape, "int8") if bits == 8 else T.buffer((*outer, depth // 2, width), "uint8")
-    )
+    group = quantisation.group
+    values = T.buffer((*outer, depth // quantisation.per_byte, width), quantisation.dtype)
     scales = T.buffer((*outer, depth // group, width), "bfloat16")
     return Panels(T.arg(name, values), T.arg(f"{name}_scales", scales), group)
 
